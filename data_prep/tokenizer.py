@@ -1,0 +1,226 @@
+"""BPE training on a hash sample of the documents, and the view of a tokenizer that sharding needs.
+
+Proteins: an alphabet of 26 letters, no pre-tokenizer, an unknown token (a BPE model without one
+drops unknown characters silently) and a decoder that joins without spaces. Text: byte-level BPE.
+"""
+
+import heapq
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from data_prep.outputs import already_made, describe_sources
+from data_prep.readers import (
+    RARE_RESIDUES,
+    RESIDUES,
+    Document,
+    detect_format,
+    id_hash,
+    read_documents,
+    reading_progress,
+)
+from s2t2_dist import artifacts
+from s2t2_dist.data import TOKENIZER_JSON, tokenizer_sha256
+from s2t2_dist.errors import DataError
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# Longer merges memorise repeats and boilerplate instead of the domain.
+MAX_TOKEN_LENGTH = 32
+# A pair seen once is noise, not a unit.
+MIN_FREQUENCY = 2
+# Training keeps about 90 bytes per character, so this is about 2 GB.
+DEFAULT_SAMPLE = 20_000_000
+
+PROTEIN_SPECIAL = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+TEXT_SPECIAL = {"eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}
+
+
+def train_tokenizer(
+    inputs: Sequence[Path], target: Path, vocab_size: int, sample: int = DEFAULT_SAMPLE
+) -> bool:
+    """Train a BPE tokenizer and write it as a Hugging Face folder, sealed with a manifest.
+
+    Args:
+        inputs: FASTA files, or text files (.jsonl, .txt); not both.
+        vocab_size: tokens in all, special tokens included.
+        sample: at most so many characters are trained on: those documents whose id hashes lowest.
+
+    Returns:
+        False if `target` already is this tokenizer.
+
+    Raises:
+        DataError: bad input, or the data do not yield so many tokens.
+        ArtifactError: `target` exists and is something else.
+    """
+    protein = _is_protein(inputs)
+    request = {"kind": "tokenizer", "vocab_size": vocab_size, "sample_characters": sample}
+    request["sources"] = describe_sources(inputs)
+    if already_made(target, request):
+        return False
+    with reading_progress("Sampling") as open_file:
+        documents = sample_documents(read_documents(inputs, open_file), sample)
+    texts = [document.text for document in documents]
+    tokenizer = _train_bpe(texts, vocab_size, protein)
+    _check_round_trip(tokenizer, texts)
+    record = {
+        **request,
+        "trained_on": {"documents": len(texts), "characters": sum(map(len, texts))},
+    }
+    with artifacts.sealed_directory(target, record) as directory:
+        save_tokenizer(tokenizer, PROTEIN_SPECIAL if protein else TEXT_SPECIAL, directory)
+    return True
+
+
+def sample_documents(documents: Iterable[Document], characters: int) -> list[Document]:
+    """The documents whose ids hash lowest, up to so many characters in all, in hash order.
+
+    One streaming pass that holds the sample and no more; the result does not depend on the order
+    of the documents (UniRef is sorted by length). Keeps at least one document.
+    """
+    heap: list[tuple[int, Document]] = []
+    total = 0
+    for document in documents:
+        heapq.heappush(heap, (-id_hash(document.id, "sample"), document))
+        total += len(document.text)
+        while total > characters and len(heap) > 1:
+            total -= len(heapq.heappop(heap)[1].text)
+    return [document for _, document in sorted(heap, key=lambda entry: (-entry[0], entry[1]))]
+
+
+def save_tokenizer(tokenizer: Tokenizer, special: dict[str, str], directory: Path) -> None:
+    """Write the two files that `AutoTokenizer.from_pretrained` needs."""
+    artifacts.write_text(directory / TOKENIZER_JSON, tokenizer.to_str(pretty=True) + "\n")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    artifacts.write_json(directory / TOKENIZER_CONFIG, {**config, **special})
+
+
+def _is_protein(inputs: Sequence[Path]) -> bool:
+    formats = {path: detect_format(path) == "fasta" for path in inputs}
+    if len(set(formats.values())) > 1:
+        raise DataError(
+            f"{inputs[0]} and the other inputs mix FASTA and text; train one tokenizer for each"
+        )
+    return formats[inputs[0]]
+
+
+def _train_bpe(texts: list[str], vocab_size: int, protein: bool) -> Tokenizer:
+    if protein:
+        tokenizer = Tokenizer(models.BPE(unk_token=PROTEIN_SPECIAL["unk_token"]))
+        tokenizer.decoder = decoders.Fuse()
+        special, alphabet = PROTEIN_SPECIAL, list(RESIDUES + RARE_RESIDUES)
+    else:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        special, alphabet = TEXT_SPECIAL, pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(special) + len(alphabet)
+    if vocab_size < smallest:
+        raise DataError(
+            f"a vocabulary of {vocab_size} is too small: the alphabet and the special tokens "
+            f"are {smallest}"
+        )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special.values()),
+        initial_alphabet=alphabet,
+        max_token_length=MAX_TOKEN_LENGTH,
+        min_frequency=MIN_FREQUENCY,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() < vocab_size:
+        raise DataError(
+            f"the data yield only {tokenizer.get_vocab_size()} tokens, {vocab_size} were asked "
+            f"for; ask for fewer or give more data"
+        )
+    return tokenizer
+
+
+def _check_round_trip(tokenizer: Tokenizer, texts: list[str]) -> None:
+    for text in texts[:100]:
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text, "the tokenizer loses text"
+
+
+@dataclass(frozen=True)
+class LoadedTokenizer:
+    """A tokenizer folder as sharding sees it.
+
+    Attributes:
+        token_texts: the bytes of text that each token id stands for; empty for special tokens.
+        pad_token_id: the end token where the tokenizer has no padding token; readers mask padding
+            by length and never by id.
+    """
+
+    backend: Tokenizer
+    sha256: str
+    token_texts: list[bytes]
+    eos_token_id: int
+    pad_token_id: int
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+        return len(self.token_texts)
+
+
+def load_tokenizer(directory: Path) -> LoadedTokenizer:
+    """Read a Hugging Face tokenizer folder (`tokenizer.json` and `tokenizer_config.json`).
+
+    Raises:
+        DataError: a file is missing or wrong, or there is no end token.
+    """
+    digest = tokenizer_sha256(directory)
+    try:
+        backend = Tokenizer.from_file(str(directory / TOKENIZER_JSON))
+    except Exception as error:  # the library raises a bare Exception
+        raise DataError(f"{directory / TOKENIZER_JSON} is not a tokenizer ({error})") from None
+    # Special tokens written out in a text are text, not the special tokens.
+    backend.encode_special_tokens = True
+    eos = _special_id(backend, directory, "eos_token")
+    if eos is None:
+        raise DataError(f"{directory / TOKENIZER_CONFIG} names no eos_token of this tokenizer")
+    pad = _special_id(backend, directory, "pad_token")
+    texts = _token_texts(backend, directory)
+    return LoadedTokenizer(backend, digest, texts, eos, eos if pad is None else pad)
+
+
+def _special_id(backend: Tokenizer, directory: Path, name: str) -> int | None:
+    path = directory / TOKENIZER_CONFIG
+    try:
+        token = json.loads(path.read_text(encoding="utf-8")).get(name)
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{path} cannot be read ({error})") from None
+    token = token["content"] if isinstance(token, dict) else token
+    return None if token is None else backend.token_to_id(token)
+
+
+def _token_texts(backend: Tokenizer, directory: Path) -> list[bytes]:
+    """Bytes of text per token id, from the token's own spelling."""
+    decoder = json.loads(backend.to_str())["decoder"] or {}
+    if decoder.get("type") not in ("ByteLevel", "Fuse"):
+        raise DataError(
+            f"{directory} has the decoder {decoder.get('type')}; byte-level BPE and this "
+            "project's own protein tokenizers are supported"
+        )
+    byte_of = _byte_of_character() if decoder["type"] == "ByteLevel" else None
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    texts = [b""] * (max(vocabulary.values()) + 1)
+    added = backend.get_added_tokens_decoder()
+    for token, index in vocabulary.items():
+        if index in added:
+            texts[index] = b"" if added[index].special else token.encode()
+        elif byte_of and set(token) <= byte_of.keys():
+            texts[index] = bytes(byte_of[character] for character in token)
+        else:
+            texts[index] = token.encode()
+    return texts
+
+
+def _byte_of_character() -> dict[str, int]:
+    """The byte-level alphabet of GPT-2, inverted: printable bytes stand for themselves."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

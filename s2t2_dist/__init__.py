@@ -1,0 +1,1 @@
+"""Sparse Sinkhorn Token Translation as a distributed training system."""

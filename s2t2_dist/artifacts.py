@@ -1,0 +1,189 @@
+"""The disk contract: a directory that is a result is either complete and hashed, or not there.
+
+A directory is written under a temporary name beside its target. Its `manifest.json` (size and
+sha256 of every file, plus what the writer wants to record) comes next, `COMPLETE` (the sha256 of
+the manifest) last, and then one rename puts it in place.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from s2t2_dist.errors import ArtifactError, S2T2Error
+
+MANIFEST = "manifest.json"
+COMPLETE = "COMPLETE"
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes, read in blocks."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sha256_json(value: object) -> str:
+    """Hex sha256 of a JSON value in canonical form (sorted keys, no blanks)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fsync_path(path: Path) -> None:
+    """Flush one file or directory to the device."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file atomically: a reader sees the old text or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replace a JSON file atomically."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object.
+
+    Raises:
+        ArtifactError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} does not exist") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} is not valid JSON ({error}); was it edited or cut?") from None
+
+
+def list_files(directory: Path) -> list[str]:
+    """Relative paths of the files that a manifest covers, sorted."""
+    return sorted(
+        path.relative_to(directory).as_posix()
+        for path in directory.rglob("*")
+        if path.is_file() and path.name not in (MANIFEST, COMPLETE)
+    )
+
+
+def describe_files(directory: Path, names: list[str]) -> dict[str, dict]:
+    """Size and sha256 of the named files, each flushed to the device first."""
+    entries = {}
+    for name in names:
+        path = directory / name
+        fsync_path(path)
+        entries[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    return entries
+
+
+def seal(directory: Path, record: dict, files: dict[str, dict] | None = None) -> None:
+    """Write `manifest.json` and then `COMPLETE` into a directory whose files are all written.
+
+    Args:
+        record: what the manifest says beside its file list; must not hold the key `files`.
+        files: the entries where the caller hashed them already (several ranks share that work).
+    """
+    if files is None:
+        files = describe_files(directory, list_files(directory))
+    write_json(directory / MANIFEST, {**record, "files": files})
+    write_text(directory / COMPLETE, sha256_file(directory / MANIFEST) + "\n")
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether the directory was sealed. Says nothing of its files: see `verify`."""
+    return (directory / COMPLETE).is_file()
+
+
+def read_manifest(directory: Path) -> dict:
+    """The manifest of a sealed directory.
+
+    Raises:
+        ArtifactError: not sealed, or the manifest is not the one that was sealed.
+    """
+    if not is_complete(directory):
+        what = "has no COMPLETE file: it was not finished" if directory.is_dir() else "is missing"
+        raise ArtifactError(f"{directory} {what}; make it again")
+    if (directory / COMPLETE).read_text().strip() != sha256_file(directory / MANIFEST):
+        raise ArtifactError(f"{directory / MANIFEST} was changed after it was sealed")
+    return read_json(directory / MANIFEST)
+
+
+def verify(directory: Path, hashes: bool = True) -> dict:
+    """Check every file of a sealed directory against its manifest and return the manifest.
+
+    Args:
+        hashes: compare sha256 as well as sizes (reads every byte).
+
+    Raises:
+        ArtifactError: names the first file that is missing, of another size or altered.
+    """
+    manifest = read_manifest(directory)
+    for name, entry in manifest["files"].items():
+        path = directory / name
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing, but the manifest lists it; make it again")
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise ArtifactError(f"{path} has {size} bytes, the manifest says {entry['bytes']}")
+        if hashes and sha256_file(path) != entry["sha256"]:
+            raise ArtifactError(f"{path} was altered: its sha256 is not the manifest's")
+    return manifest
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Move a sealed directory to its final name; the rename is the moment it exists."""
+    fsync_path(temporary)
+    temporary.rename(target)
+    fsync_path(target.parent)
+
+
+@contextmanager
+def sealed_directory(target: Path, record: dict) -> Iterator[Path]:
+    """Yield a temporary directory that becomes `target`, sealed, when the block succeeds.
+
+    On any exception the temporary directory is removed and `target` stays absent. The caller may
+    add to `record` inside the block.
+
+    Raises:
+        ArtifactError: `target` exists; nothing is ever overwritten.
+    """
+    if target.exists():
+        raise ArtifactError(f"{target} exists; choose another folder or remove it yourself")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        seal(temporary, record)
+        publish(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def disk_error(error: OSError, doing: str) -> S2T2Error | None:
+    """The one-line error for a full or read-only disk, or None for any other OSError."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return S2T2Error(f"no space left while {doing} ({error}); free space and run again")
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return S2T2Error(f"not allowed to write while {doing} ({error}); choose another folder")
+    return None

@@ -1,0 +1,272 @@
+"""The recipe: what a run does, as frozen, validated models read from YAML.
+
+A recipe is defaults, then a YAML file, then `key=value` overrides with dotted keys. A list of
+stages is addressed by stage name or by number: `stages.translate.max_steps=50`. Relative paths
+are relative to the working directory. Unknown keys are errors that name the key path.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from s2t2_dist.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(_Strict):
+    """The language model."""
+
+    model_name_or_path: str | None = Field(
+        None, description="Hugging Face folder or hub name; left out only to pretrain"
+    )
+    revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
+    config: dict[str, Any] | None = Field(
+        None, description="to pretrain: arguments of the architecture's config class"
+    )
+    model_type: str = Field("olmo", description="to pretrain: the transformers model type")
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="dtype of weights and activations; master weights are float32"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, more time"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "ModelConfig":
+        if (self.model_name_or_path is None) == (self.config is None):
+            raise ValueError("give model_name_or_path, or config to start from random weights")
+        return self
+
+
+class DataConfig(_Strict):
+    """The shards, as `s2t2 data build` made them."""
+
+    path: Path = Field(description="directory with train/, validation/ and manifest.json")
+    verify: Literal["size", "full"] = Field(
+        "size", description="check of the shards at start: sizes only, or every sha256"
+    )
+
+
+class TrackingConfig(_Strict):
+    """MLflow. `MLFLOW_TRACKING_URI`, where set, wins over `uri`."""
+
+    enabled: bool = Field(True, description="false: metrics.jsonl only")
+    uri: str | None = Field(
+        None, description="tracking server or database; default sqlite:///<cwd>/mlflow.db"
+    )
+    experiment: str = Field("s2t2", description="MLflow experiment")
+
+
+class Stage(_Strict):
+    """What every stage has. Defaults are the paper's (section 3, training details)."""
+
+    name: str = Field("", description="names the checkpoints and metrics; default: the kind")
+    max_steps: Annotated[int, Field(ge=0)] = Field(description="optimizer steps")
+    train_batch_size: Positive = Field(
+        16, description="rows per optimizer step over all ranks; the same at any world size"
+    )
+    per_device_train_batch_size: Positive = Field(
+        16, description="rows per forward pass and rank; accumulation follows from the two"
+    )
+    per_device_eval_batch_size: Positive = Field(16, description="rows per evaluation pass")
+    learning_rate: NotNegative = Field(description="peak learning rate")
+    weight_decay: NotNegative = 0.0
+    warmup_ratio: Fraction = Field(0.2, description="share of max_steps with a rising rate")
+    min_lr_ratio: Fraction = Field(0.1, description="final rate as a share of the peak")
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.95
+    adam_epsilon: NotNegative = 1e-5
+    max_grad_norm: NotNegative = Field(1.0, description="global norm; 0 switches clipping off")
+    eval_steps: Positive | None = Field(
+        None, description="evaluate every so many steps; always at the stage's start and end"
+    )
+    save_steps: Positive = Field(500, description="checkpoint every so many steps")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_it(cls, values: Any) -> Any:
+        if isinstance(values, dict) and not values.get("name"):
+            values = {**values, "name": values.get("kind", "")}
+        return values
+
+
+class Pretrain(Stage):
+    """Train every weight of a model on the source domain, from a config."""
+
+    kind: Literal["pretrain"]
+    learning_rate: NotNegative = 3e-4
+    weight_decay: NotNegative = 0.1
+
+
+class Translate(Stage):
+    """Learn the transport plan P through the frozen LM (paper, section 2)."""
+
+    kind: Literal["translate"]
+    learning_rate: NotNegative = Field(
+        1e-3, description="in the units of C: a share of a row's mass where units is row_mass"
+    )
+    method: Literal["dykstra", "dense", "plain"] = Field(
+        "dykstra", description="S2T2; entropic Sinkhorn (softmax); no constraint"
+    )
+    iterations: Positive = Field(3, description="Sinkhorn iterations n")
+    units: Literal["row_mass", "literal"] = Field(
+        "row_mass", description="C in units of a row's mass, or of probability as in the paper"
+    )
+    embed_scale: Literal["paper", "convex"] = Field(
+        "paper", description="E' = (P^T * 1/mu) E as in the paper, or 1/nu: a convex combination"
+    )
+    source_tokens: str = Field(
+        "all", description="rows of P: all, bytes (single characters), or a file of token ids"
+    )
+    entropy_weight: float = Field(0.0, description="alpha of alpha * H(P), H in nats")
+
+
+class Finetune(Stage):
+    """Train every weight on the target domain."""
+
+    kind: Literal["finetune"]
+    learning_rate: NotNegative = 2e-5
+    weight_decay: NotNegative = 0.01
+    init: Literal["translation", "truncate", "source"] = Field(
+        "translation",
+        description="fold E', L' into the model; keep the first U rows of E and L; or change "
+        "nothing (data in source tokens)",
+    )
+    translation: Path | None = Field(
+        None, description="a translation to fold; default: the one of the stage before"
+    )
+
+
+AnyStage = Annotated[Pretrain | Translate | Finetune, Field(discriminator="kind")]
+
+
+class Recipe(_Strict):
+    """One run: a model, its data and the stages it goes through."""
+
+    output_dir: Path = Field(description="the run directory; resumed when it exists and agrees")
+    seed: int = Field(17, description="data order and initial weights")
+    model: ModelConfig
+    data: DataConfig
+    deepspeed: Path = Field(description="DeepSpeed JSON, see ds_configs/README.md")
+    stages: Annotated[list[AnyStage], Field(min_length=1)]
+    tracking: TrackingConfig = TrackingConfig()
+    save_total_limit: Positive = Field(2, description="checkpoints kept per stage")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stage names must differ, found {names}")
+        translated = False
+        for stage in self.stages:
+            if isinstance(stage, Pretrain) != (self.model.config is not None):
+                raise ValueError(
+                    f"stage {stage.name}: pretrain starts from model.config, "
+                    "every other stage from model.model_name_or_path"
+                )
+            needs_plan = isinstance(stage, Finetune) and stage.init == "translation"
+            if needs_plan and stage.translation is None and not translated:
+                raise ValueError(f"stage {stage.name} has no translate stage before it: give one")
+            translated = translated or isinstance(stage, Translate)
+        return self
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe and apply `key=value` overrides (values are YAML).
+
+    Raises:
+        ConfigError: not YAML, an unknown or missing key, or a value out of range; the message
+            names the key path.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"recipe {path} does not exist") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {path} holds no keys; see launch/recipes/quickstart.yaml")
+    for override in overrides or []:
+        _apply_override(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"recipe {path}: {_first_problems(error)}") from None
+
+
+def recipe_values(recipe: Recipe) -> dict:
+    """The resolved recipe as plain values (paths as text), as `config.yaml` holds it."""
+    return recipe.model_dump(mode="json")
+
+
+def changed_keys(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """`key: old -> new` for every leaf in which two resolved recipes differ."""
+    changes = []
+    for key in sorted({*old, *new}):
+        path = f"{prefix}{key}"
+        a, b = _as_mapping(old.get(key)), _as_mapping(new.get(key))
+        if isinstance(a, dict) and isinstance(b, dict):
+            changes += changed_keys(a, b, f"{path}.")
+        elif a != b:
+            changes.append(f"{path}: {a} -> {b}")
+    return changes
+
+
+def _as_mapping(value: object) -> object:
+    """A list of stages as a mapping from stage name, anything else as it is."""
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return {item.get("name") or item.get("kind", str(i)): item for i, item in enumerate(value)}
+    return value
+
+
+def _apply_override(values: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not key=value")
+    *parents, last = key.split(".")
+    node: Any = values
+    for i, part in enumerate(parents):
+        if isinstance(node, list):
+            node = _list_item(node, part, ".".join(parents[: i + 1]))
+        else:
+            node = node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"override {override!r}: {part!r} holds a value, not keys")
+    if isinstance(node, list):
+        raise ConfigError(f"override {override!r}: name a key of one item of {parents[-1]}")
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not YAML") from None
+
+
+def _list_item(items: list, part: str, path: str) -> Any:
+    names = [item.get("name") or item.get("kind") for item in items]
+    if part in names:
+        return items[names.index(part)]
+    if part.isdecimal() and int(part) < len(items):
+        return items[int(part)]
+    raise ConfigError(f"override: {path} is not there, found {names}")
+
+
+def _first_problems(error: ValidationError) -> str:
+    problems = []
+    for problem in error.errors()[:3]:
+        path = ".".join(str(part) for part in problem["loc"]) or "recipe"
+        kind = problem["type"]
+        if kind == "extra_forbidden":
+            problems.append(f"unknown key {path}")
+        elif kind == "missing":
+            problems.append(f"missing key {path}")
+        else:
+            problems.append(f"{path}: {problem['msg'].removeprefix('Value error, ')}")
+    return "; ".join(problems)

@@ -1,0 +1,20 @@
+"""What a user's mistake raises. `cli` prints the message as one line and exits with code 2.
+
+A message names what was found, what was expected and what to do. `assert` is for our own mistakes.
+"""
+
+
+class S2T2Error(Exception):
+    """Base of every error that is not a bug in this package."""
+
+
+class ConfigError(S2T2Error):
+    """A recipe, an override or a DeepSpeed JSON is wrong; the message names the key path."""
+
+
+class DataError(S2T2Error):
+    """An input file, a tokenizer or a shard directory is wrong; the message names the file."""
+
+
+class ArtifactError(S2T2Error):
+    """A checkpoint, translation or model folder is incomplete, altered or of another kind."""

@@ -1,0 +1,172 @@
+"""Language models: load one partitioned, read rows of its embedding, fold E' and L' into it.
+
+Shapes: V source vocabulary, U target vocabulary, D width, R source rows that were asked for.
+A folded model is an ordinary Hugging Face folder, untied, made without DeepSpeed: nothing is ever
+resized under ZeRO-3.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.integrations import HfDeepSpeedConfig
+
+from s2t2_dist.config import ModelConfig
+from s2t2_dist.errors import ArtifactError, ConfigError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+
+
+def local_folder(model: ModelConfig) -> Path:
+    """The model's folder on this machine; a hub name is downloaded first.
+
+    Raises:
+        ConfigError: neither a folder with a config.json nor a name that the hub knows.
+    """
+    name = model.model_name_or_path
+    assert name is not None, "a model that is made from a config has no folder yet"
+    path = Path(name)
+    if (path / "config.json").is_file():
+        return path
+    if path.is_absolute() or path.is_dir() or name.startswith(".") or name.count("/") != 1:
+        raise ConfigError(
+            f"model.model_name_or_path: {name} is no Hugging Face folder (no config.json in it)"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+        return Path(snapshot_download(name, revision=model.revision, allow_patterns=wanted))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"model.model_name_or_path: {name} is no folder here and the hub did not give it: "
+            f"{reason}"
+        ) from None
+
+
+def load_lm(folder: Path, model: ModelConfig, settings: dict) -> torch.nn.Module:
+    """Load a causal LM in the recipe's dtype, partitioned over the ranks where ZeRO-3 is on.
+
+    Args:
+        settings: DeepSpeed settings of the stage, from `engine.engine_settings`.
+    """
+    keep = HfDeepSpeedConfig(settings)  # from_pretrained looks at it while the name lives
+    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, model.dtype))
+    del keep
+    if model.gradient_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    return lm
+
+
+def save_random_lm(model: ModelConfig, special_ids: dict[str, int], folder: Path) -> None:
+    """Write the folder of a model with random weights (the current torch seed), to pretrain."""
+    config = AutoConfig.for_model(model.model_type, **{**(model.config or {}), **special_ids})
+    lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    lm.to(getattr(torch, model.dtype)).save_pretrained(folder)
+
+
+class WeightFiles:
+    """The safetensors of a Hugging Face folder, read tensor by tensor.
+
+    Raises:
+        ArtifactError: no safetensors, or the model has no embedding of a name we can find.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        if (folder / INDEX).is_file():
+            self.file_of = json.loads((folder / INDEX).read_text())["weight_map"]
+        elif (folder / SINGLE).is_file():
+            with safe_open(folder / SINGLE, "pt") as f:
+                self.file_of = dict.fromkeys(f.keys(), SINGLE)
+        else:
+            raise ArtifactError(
+                f"{folder} has neither {SINGLE} nor {INDEX}; convert the model to safetensors"
+            )
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(config)
+        names = {id(parameter): name for name, parameter in lm.named_parameters()}
+        self.embed_name = names[id(lm.get_input_embeddings().weight)]
+        self.tied = config.tie_word_embeddings
+        head = lm.get_output_embeddings().weight
+        self.head_name = self.embed_name if self.tied else names[id(head)]
+        # A tied model has one parameter; its state dict still knows the head's own name.
+        self.head_key = next(
+            name
+            for name, tensor in lm.state_dict(keep_vars=True).items()
+            if tensor is head and (name != self.embed_name)
+        )
+        self.vocab_size = config.vocab_size
+
+    def rows(self, name: str, token_ids_R: torch.Tensor) -> torch.Tensor:
+        """Rows of a (V, D) weight in float32, (R, D); reads no more than the span they cover."""
+        with safe_open(self.folder / self.file_of[name], "pt") as f:
+            view = f.get_slice(name)
+            if not len(token_ids_R):
+                return torch.zeros(0, view.get_shape()[1])
+            first, last = int(token_ids_R.min()), int(token_ids_R.max())
+            return view[first : last + 1][token_ids_R - first].float()
+
+
+def fold(
+    source: Path,
+    target: Path,
+    translate: Callable[[torch.Tensor, str], torch.Tensor],
+    special_ids: dict[str, int],
+) -> None:
+    """Copy a model folder with another vocabulary: untied, with new embedding and head rows.
+
+    Every other weight keeps its bytes; one weight file is in memory at a time.
+
+    Args:
+        translate: maps a (V, D) float32 weight and "embed" or "head" to its (U, D) successor.
+        special_ids: bos/eos/pad/unk ids of the new tokenizer, as `*_token_id` keys.
+    """
+    weights = WeightFiles(source)
+    target.mkdir(parents=True)
+    files: dict[str, list[str]] = {}
+    for name, file in weights.file_of.items():
+        files.setdefault(file, []).append(name)
+    weight_map, total, U = {}, 0, 0
+    for file, names in sorted(files.items()):
+        tensors = {}
+        with safe_open(source / file, "pt") as f:
+            for name in names:
+                tensor = f.get_tensor(name)
+                if name == weights.embed_name:
+                    tensors[name] = translate(tensor.float(), "embed").to(tensor.dtype)
+                    U = len(tensors[name])
+                if name == weights.head_name:
+                    head = translate(tensor.float(), "head").to(tensor.dtype)
+                    tensors[weights.head_key] = head
+                if name not in (weights.embed_name, weights.head_name, weights.head_key):
+                    tensors[name] = tensor
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, target / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    if (source / INDEX).is_file():
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (target / INDEX).write_text(json.dumps(index, indent=2))
+    config = AutoConfig.from_pretrained(source)
+    config.update({"vocab_size": U, "tie_word_embeddings": False})
+    save_configs(config, special_ids, target)
+
+
+def save_configs(config, special_ids: dict[str, int], folder: Path) -> None:
+    """Write config.json and generation_config.json with the tokenizer's special ids in both."""
+    ids = {name: special_ids.get(name) for name in SPECIAL_IDS}
+    for name, value in ids.items():
+        if name != "unk_token_id" or hasattr(config, name):
+            setattr(config, name, value)
+    config.save_pretrained(folder)
+    generation = {name: value for name, value in ids.items() if name != "unk_token_id"}
+    GenerationConfig(**generation).save_pretrained(folder)

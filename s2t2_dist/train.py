@@ -1,0 +1,8 @@
+"""`deepspeed --module s2t2_dist.train RECIPE [key=value ...]`: the same program as `s2t2 train`."""
+
+import sys
+
+from s2t2_dist.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))
