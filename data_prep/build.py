@@ -11,11 +11,12 @@ import numpy as np
 
 from data_prep.encode import encode_documents
 from data_prep.outputs import already_made, describe_sources
+from data_prep.packing import KEY_BITS, RowWriter, Spill
 from data_prep.readers import Document, detect_format, id_hash, read_documents, reading_progress
-from data_prep.shards import KEY_BITS, RowWriter, Spill
 from data_prep.tokenizer import LoadedTokenizer, load_tokenizer
 from s2t2_dist import artifacts
-from s2t2_dist.data import (
+from s2t2_dist.errors import DataError
+from s2t2_dist.shards import (
     KIND,
     SPLITS,
     TOKEN_BYTES,
@@ -23,7 +24,6 @@ from s2t2_dist.data import (
     shard_schema,
     token_dtype,
 )
-from s2t2_dist.errors import DataError
 
 # Files of a tokenizer; its folder may be a whole model, whose weights stay where they are.
 TOKENIZER_FILES = (
@@ -106,11 +106,16 @@ def build_shards(
         with reading_progress("Encoding") as open_file:
             documents = read_documents(inputs, open_file)
             spill, counts = _spill(documents, tokenizer, options, spill_dir)
-        packed = _pack(spill, directory, request)
+        token_bytes = np.array([len(text) for text in tokenizer.token_texts], np.int64)
+        packed = _pack(spill, directory, request, token_bytes)
         shutil.rmtree(spill_dir)
-        record["splits"] = {split: counts[split].record() | packed[split] for split in SPLITS}
+        record["splits"] = {split: counts[split].record() for split in SPLITS}
+        for split, held in record["splits"].items():
+            spelled = packed[split].pop("spelled_bytes")
+            assert spelled == held["bytes"], f"{split} spells {spelled} of {held['bytes']} bytes"
+            held.update(packed[split])
         _copy_tokenizer(tokenizer_dir, directory / TOKENIZER_DIR)
-        _write_token_bytes(tokenizer, directory / TOKEN_BYTES)
+        _write_array(token_bytes, directory / TOKEN_BYTES)
     return True
 
 
@@ -147,11 +152,7 @@ def _spill(
         for document in encode_documents(documents, tokenizer, options.characters):
             group = int(is_validation(document.id, options.validation_fraction))
             key = id_hash(document.id, f"order {options.seed}")
-            spill.add(
-                key,
-                group,
-                np.append(document.tokens, document.tokens.dtype.type(tokenizer.eos_token_id)),
-            )
+            spill.add(key, group, document.tokens)
             counts[SPLITS[group]].add(document.text)
     for split, count in counts.items():
         if not count.documents:
@@ -163,9 +164,10 @@ def _spill(
     return spill, counts
 
 
-def _pack(spill: Spill, directory: Path, request: dict) -> dict[str, dict]:
-    """Second pass: write the rows of each split; returns their part of the manifest."""
+def _pack(spill: Spill, directory: Path, request: dict, token_bytes: np.ndarray) -> dict[str, dict]:
+    """Second pass: write the rows of each split; returns what was written, by split."""
     schema = shard_schema(request["context"], request["vocab_size"], request)
+    spelled = [0 for _ in SPLITS]
     with ExitStack() as stack:
         writers = [
             stack.enter_context(RowWriter(directory / split, schema, request["pad_token_id"]))
@@ -173,20 +175,22 @@ def _pack(spill: Spill, directory: Path, request: dict) -> dict[str, dict]:
         ]
         for group, tokens in spill.read():
             writers[group].add(tokens)
+            spelled[group] += int(token_bytes[tokens].sum())
     return {
         split: {
             "rows": sum(shard["rows"] for shard in writer.shards),
             "tokens": writer.tokens,
             "shards": writer.shards,
+            "spelled_bytes": count,
         }
-        for split, writer in zip(SPLITS, writers, strict=True)
+        for split, writer, count in zip(SPLITS, writers, spelled, strict=True)
     }
 
 
-def _write_token_bytes(tokenizer: LoadedTokenizer, path: Path) -> None:
+def _write_array(array: np.ndarray, path: Path) -> None:
     """Through memory: `np.save` into a file reports a full disk without its errno."""
     buffer = io.BytesIO()
-    np.save(buffer, np.array([len(text) for text in tokenizer.token_texts], np.int64))
+    np.save(buffer, array)
     path.write_bytes(buffer.getvalue())
 
 

@@ -11,15 +11,15 @@ import numpy as np
 
 from data_prep.readers import Document
 from data_prep.tokenizer import LoadedTokenizer
-from s2t2_dist.data import token_dtype
 from s2t2_dist.errors import DataError
+from s2t2_dist.shards import token_dtype
 
 # Characters per call of the tokenizer: enough for its threads, little enough for memory.
 BATCH_CHARACTERS = 1_000_000
 
 
 class Encoded(NamedTuple):
-    """A document's UTF-8 text and its token ids (uint16 or uint32), without an end token."""
+    """A document's UTF-8 text and its token ids (uint16 or uint32), the end token last."""
 
     id: str
     text: bytes
@@ -46,7 +46,7 @@ def encode_documents(
             text = document.text.encode()
             if b"".join([tokenizer.token_texts[i] for i in ids]) != text:
                 raise _lost_text(document, tokenizer)
-            yield Encoded(document.id, text, np.array(ids, dtype=dtype))
+            yield Encoded(document.id, text, np.array([*ids, tokenizer.eos_token_id], dtype))
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

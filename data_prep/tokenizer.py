@@ -23,8 +23,8 @@ from data_prep.readers import (
     reading_progress,
 )
 from s2t2_dist import artifacts
-from s2t2_dist.data import TOKENIZER_JSON, tokenizer_sha256
 from s2t2_dist.errors import DataError
+from s2t2_dist.shards import TOKENIZER_JSON, tokenizer_sha256
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Longer merges memorise repeats and boilerplate instead of the domain.
@@ -81,13 +81,18 @@ def sample_documents(documents: Iterable[Document], characters: int) -> list[Doc
     of the documents (UniRef is sorted by length). Keeps at least one document.
     """
     heap: list[tuple[int, Document]] = []
-    total = 0
+    total, limit = 0, 1 << 64
     for document in documents:
-        heapq.heappush(heap, (-id_hash(document.id, "sample"), document))
+        key = id_hash(document.id, "sample")
+        if key >= limit:
+            continue
+        heapq.heappush(heap, (-key, document))
         total += len(document.text)
         while total > characters and len(heap) > 1:
-            total -= len(heapq.heappop(heap)[1].text)
-    return [document for _, document in sorted(heap, key=lambda entry: (-entry[0], entry[1]))]
+            dropped, last = heapq.heappop(heap)
+            limit = -dropped
+            total -= len(last.text)
+    return [document for _, document in sorted(heap, reverse=True)]
 
 
 def save_tokenizer(tokenizer: Tokenizer, special: dict[str, str], directory: Path) -> None:
@@ -140,6 +145,7 @@ def _train_bpe(texts: list[str], vocab_size: int, protein: bool) -> Tokenizer:
 
 
 def _check_round_trip(tokenizer: Tokenizer, texts: list[str]) -> None:
+    tokenizer.encode_special_tokens = True  # not saved; a text may spell a special token
     for text in texts[:100]:
         assert tokenizer.decode(tokenizer.encode(text).ids) == text, "the tokenizer loses text"
 

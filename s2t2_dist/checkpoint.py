@@ -70,6 +70,16 @@ def save(
     comm.barrier()
 
 
+def load(path: Path) -> tuple[Path, Position]:
+    """Check every file of a checkpoint.
+
+    Raises:
+        ArtifactError: incomplete or altered.
+    """
+    manifest = artifacts.verify(path)
+    return path, Position(**{key: manifest[key] for key in Position.__dataclass_fields__})
+
+
 def find(run_dir: Path, comm: LocalComm) -> tuple[Path, Position] | None:
     """The newest checkpoint whose every file has the sha256 of its manifest, or None.
 
@@ -80,16 +90,11 @@ def find(run_dir: Path, comm: LocalComm) -> tuple[Path, Position] | None:
         _clear_temporary(run_dir / "checkpoints")
         for path in list_checkpoints(run_dir):
             try:
-                found = (path, position_of(artifacts.verify(path)))
+                found = load(path)
                 break
             except ArtifactError as error:
                 _log.warning("checkpoint passed over: %s", error)
     return comm.broadcast_object(found)
-
-
-def position_of(manifest: dict) -> Position:
-    """The position that a checkpoint's manifest records."""
-    return Position(**{key: manifest[key] for key in Position.__dataclass_fields__})
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -97,8 +102,8 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     sealed = []
     for path in (run_dir / "checkpoints").glob("[!.]*"):
         if artifacts.is_complete(path):
-            position = position_of(artifacts.read_json(path / artifacts.MANIFEST))
-            sealed.append(((position.stage_index, position.step), path))
+            manifest = artifacts.read_json(path / artifacts.MANIFEST)
+            sealed.append(((manifest["stage_index"], manifest["step"]), path))
     return [path for _, path in sorted(sealed, reverse=True)]
 
 

@@ -3,7 +3,9 @@
 Commands import what they need when they run, so that `s2t2 --help` answers at once.
 """
 
+import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -23,8 +25,10 @@ app = typer.Typer(
 )
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer on the new domain.")
 data_app = typer.Typer(no_args_is_help=True, help="Turn FASTA or text into training rows.")
+translation_app = typer.Typer(no_args_is_help=True, help="Look into a learned translation.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
+app.add_typer(translation_app, name="translation")
 
 Inputs = Annotated[
     list[Path],
@@ -89,7 +93,7 @@ def data_verify(
 
     Example: `s2t2 data verify data/protein`
     """
-    from s2t2_dist.data import SPLITS, ShardReader
+    from s2t2_dist.shards import SPLITS, ShardReader
 
     for split in SPLITS:
         reader = ShardReader(directory, split, verify="full" if split == SPLITS[0] else "size")
@@ -128,6 +132,105 @@ def train(
     raise typer.Exit(trainer.run(load_recipe(recipe, overrides), resume))
 
 
+class Dtype(StrEnum):
+    """Of weights and activations."""
+
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+@app.command("evaluate")
+def evaluate(
+    model_dir: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
+    data_dir: Annotated[Path, typer.Argument(help="What `s2t2 data build` made.")],
+    split: Annotated[str, typer.Option(help="train or validation.")] = "validation",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per pass.")] = 16,
+    dtype: Annotated[Dtype | None, typer.Option(help="Default: as stored.")] = None,
+):
+    """Print loss, perplexity and bits per byte of a model folder on every row of a split.
+
+    One process; on the GPU where there is one.
+
+    Example: `s2t2 evaluate exports/protein data/protein`
+    """
+    from s2t2_dist.score import report, score
+
+    print(report(score(model_dir, data_dir, split, batch_size, dtype and dtype.value)))
+
+
+@app.command("export")
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="A finished run's output_dir.")],
+    out: OutDir,
+    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
+):
+    """Write a finished run's model as a Hugging Face folder, verified before it appears.
+
+    Example: `s2t2 export runs/quickstart --out exports/protein`
+    """
+    from s2t2_dist.release import release
+
+    release(run_dir, out, max_shard_size)
+    print(f"{out} written and verified")
+
+
+@app.command("verify")
+def verify(model_dir: Annotated[Path, typer.Argument(help="Hugging Face folder.")]):
+    """Check that a model folder is what its config and tokenizer say; exit code 2 if it is not.
+
+    Example: `s2t2 verify exports/protein`
+    """
+    from rich import print as show
+
+    from s2t2_dist.verify import require_passed, table, verify_model
+
+    checks = verify_model(model_dir)
+    show(table(model_dir, checks))
+    require_passed(model_dir, checks)
+
+
+@translation_app.command("show")
+def translation_show(
+    path: Annotated[Path, typer.Argument(help="A run's translation/ folder.")],
+    top: Annotated[int, typer.Option(min=1, help="Source tokens per target token.")] = 5,
+    source_tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder; default: the base model's, where it still is.")
+    ] = None,
+    target_tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder; default: the data's, where it still is.")
+    ] = None,
+):
+    """Print a plan's numbers and what its sharpest target tokens are made of.
+
+    Example: `s2t2 translation show runs/quickstart/translation`
+    """
+    from rich import print as show
+
+    from s2t2_dist.translation_report import report
+
+    show(report(path, top, source_tokenizer, target_tokenizer))
+
+
+@app.command("compare")
+def compare(
+    run_dirs: Annotated[list[Path], typer.Argument(help="Finished runs over the same text.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder to make; an earlier comparison is replaced.")
+    ],
+):
+    """Print the table of finished runs; write it with a figure (table.md, table.json, figure.png).
+
+    Example: `s2t2 compare runs/quickstart runs/quickstart-truncated --out runs/comparison`
+    """
+    from rich import print as show
+
+    from s2t2_dist.compare import FIGURE, TABLE_MD
+    from s2t2_dist.compare import compare as compare_runs
+
+    show(compare_runs(run_dirs, out))
+    print(f"{out / TABLE_MD} and {out / FIGURE} written")
+
+
 def _report(out: Path, made: bool) -> None:
     print(f"{out} written" if made else f"{out} is already complete")
 
@@ -150,7 +253,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(error: S2T2Error) -> None:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    if not (error.everywhere and os.environ.get("RANK", "0") != "0"):
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(USER_ERROR)
 
 

@@ -51,6 +51,9 @@ class DataConfig(_Strict):
     """The shards, as `s2t2 data build` made them."""
 
     path: Path = Field(description="directory with train/, validation/ and manifest.json")
+    tokenizer: Path | None = Field(
+        None, description="if given, the shards must have been made with this tokenizer"
+    )
     verify: Literal["size", "full"] = Field(
         "size", description="check of the shards at start: sizes only, or every sha256"
     )
@@ -159,7 +162,7 @@ class Recipe(_Strict):
     deepspeed: Path = Field(description="DeepSpeed JSON, see ds_configs/README.md")
     stages: Annotated[list[AnyStage], Field(min_length=1)]
     tracking: TrackingConfig = TrackingConfig()
-    save_total_limit: Positive = Field(2, description="checkpoints kept per stage")
+    save_total_limit: Positive = Field(2, description="newest checkpoints kept")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
@@ -168,6 +171,8 @@ class Recipe(_Strict):
             raise ValueError(f"stage names must differ, found {names}")
         translated = False
         for stage in self.stages:
+            if not isinstance(stage, Translate) and stage is not self.stages[-1]:
+                raise ValueError(f"stage {stage.name} trains every weight, so it must be the last")
             if isinstance(stage, Pretrain) != (self.model.config is not None):
                 raise ValueError(
                     f"stage {stage.name}: pretrain starts from model.config, "

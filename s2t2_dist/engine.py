@@ -9,12 +9,14 @@ import json
 import logging
 import os
 import socket
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from transformers.utils.logging import disable_progress_bar
 
 from s2t2_dist.config import ModelConfig, Stage
 from s2t2_dist.errors import ConfigError
@@ -47,7 +49,7 @@ KNOWN_KEYS = (
 
 def init_distributed(timeout_minutes: float = 30) -> torch.device:
     """Join the job that the launcher describes, or a job of one, and return this rank's device."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    _quiet()
     if "RANK" not in os.environ:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -190,16 +192,21 @@ class TrainedLM:
 
 
 class FrozenLM:
-    """A causal LM that is only read: partitioned under ZeRO-3, no optimizer, no weight gradient."""
+    """A causal LM that is only read: partitioned under ZeRO-3, no optimizer, no weight gradient.
 
-    def __init__(self, model: torch.nn.Module, settings: dict):
+    Args:
+        settings: from `engine_settings`.
+        recompute: the model recomputes activations (gradient checkpointing).
+    """
+
+    def __init__(self, model: torch.nn.Module, settings: dict, recompute: bool):
         model.requires_grad_(False)
         self.engine, *_ = deepspeed.initialize(model=model, config=settings)
         module = self.engine.module
         self.backbone = module.base_model
         self.dtype = next(module.parameters()).dtype
         # Recomputation needs training mode; otherwise evaluation mode keeps dropout off.
-        module.train(module.is_gradient_checkpointing)
+        module.train(recompute)
 
     def hidden(self, embeds_BTD: torch.Tensor) -> torch.Tensor:
         """Last hidden states (B, T, D) of a batch of input embeddings."""
@@ -211,6 +218,14 @@ class FrozenLM:
         self.engine.destroy()
         del self.engine, self.backbone
         _empty_caches()
+
+
+def _quiet() -> None:
+    """Keep the libraries' progress bars and notices to developers off the terminal."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", message=".*_all_gather_base.*|.*_reduce_scatter_base.*")
 
 
 def _empty_caches() -> None:

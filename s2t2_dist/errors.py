@@ -5,7 +5,13 @@ A message names what was found, what was expected and what to do. `assert` is fo
 
 
 class S2T2Error(Exception):
-    """Base of every error that is not a bug in this package."""
+    """Base of every error that is not a bug in this package.
+
+    Attributes:
+        everywhere: every rank raises it, so that one of them is enough to print it.
+    """
+
+    everywhere = False
 
 
 class ConfigError(S2T2Error):

@@ -1,4 +1,4 @@
-"""Hugging Face folders: what a run leaves for everyone else to load."""
+"""The Hugging Face folder that a weight stage leaves in its run directory."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +9,6 @@ from transformers import AutoConfig
 
 from s2t2_dist import artifacts
 from s2t2_dist.data import TOKENIZER_DIR
-from s2t2_dist.errors import ArtifactError
 from s2t2_dist.model import save_configs
 
 MODEL_DIR = "model"
@@ -43,28 +42,7 @@ def write_model(
     """
     with artifacts.sealed_directory(folder, {"kind": "model", **record}) as temporary:
         save_torch_state_dict(weights, temporary, max_shard_size=MAX_SHARD_SIZE)
-        save_configs(AutoConfig.from_pretrained(base), ids, temporary)
+        config = AutoConfig.from_pretrained(base)
+        config.dtype = next(iter(weights.values())).dtype
+        save_configs(config, ids, temporary)
         copy_tokenizer(data_dir, temporary)
-
-
-def export(run_dir: Path, target: Path) -> dict:
-    """Copy a finished run's model to `target` after checking every file of it.
-
-    Returns:
-        the model's manifest.
-
-    Raises:
-        ArtifactError: the run has no finished model, or a file was altered, or `target` exists.
-    """
-    source = run_dir / MODEL_DIR
-    if not artifacts.is_complete(source):
-        raise ArtifactError(
-            f"{run_dir} has no finished model ({source} is not complete); let the run finish: "
-            "s2t2 train resumes it"
-        )
-    manifest = artifacts.verify(source)
-    record = {key: value for key, value in manifest.items() if key != "files"}
-    with artifacts.sealed_directory(target, record) as temporary:
-        for name in manifest["files"]:
-            shutil.copyfile(source / name, temporary / name)
-    return manifest

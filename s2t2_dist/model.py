@@ -20,7 +20,7 @@ from s2t2_dist.errors import ArtifactError, ConfigError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def local_folder(model: ModelConfig) -> Path:
@@ -124,14 +124,14 @@ def fold(
 ) -> None:
     """Copy a model folder with another vocabulary: untied, with new embedding and head rows.
 
-    Every other weight keeps its bytes; one weight file is in memory at a time.
+    `target` is an existing, empty folder. Every other weight keeps its bytes; one weight file is
+    in memory at a time.
 
     Args:
         translate: maps a (V, D) float32 weight and "embed" or "head" to its (U, D) successor.
-        special_ids: bos/eos/pad/unk ids of the new tokenizer, as `*_token_id` keys.
+        special_ids: bos/eos/pad ids of the new tokenizer, as `*_token_id` keys.
     """
     weights = WeightFiles(source)
-    target.mkdir(parents=True)
     files: dict[str, list[str]] = {}
     for name, file in weights.file_of.items():
         files.setdefault(file, []).append(name)
@@ -142,11 +142,12 @@ def fold(
             for name in names:
                 tensor = f.get_tensor(name)
                 if name == weights.embed_name:
-                    tensors[name] = translate(tensor.float(), "embed").to(tensor.dtype)
+                    new = translate(tensor.float(), "embed")
+                    tensors[name] = new.to(tensor.dtype, copy=True)
                     U = len(tensors[name])
                 if name == weights.head_name:
-                    head = translate(tensor.float(), "head").to(tensor.dtype)
-                    tensors[weights.head_key] = head
+                    new = translate(tensor.float(), "head")
+                    tensors[weights.head_key] = new.to(tensor.dtype, copy=True)
                 if name not in (weights.embed_name, weights.head_name, weights.head_key):
                     tensors[name] = tensor
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -164,9 +165,6 @@ def fold(
 def save_configs(config, special_ids: dict[str, int], folder: Path) -> None:
     """Write config.json and generation_config.json with the tokenizer's special ids in both."""
     ids = {name: special_ids.get(name) for name in SPECIAL_IDS}
-    for name, value in ids.items():
-        if name != "unk_token_id" or hasattr(config, name):
-            setattr(config, name, value)
+    config.update(ids)
     config.save_pretrained(folder)
-    generation = {name: value for name, value in ids.items() if name != "unk_token_id"}
-    GenerationConfig(**generation).save_pretrained(folder)
+    GenerationConfig(**ids).save_pretrained(folder)

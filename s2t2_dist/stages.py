@@ -1,95 +1,69 @@
-"""What each kind of stage does in one step, in a checkpoint and at its end.
+"""Builds the runner of a stage; holds the one that trains every weight (pretrain, finetune).
 
-`WeightStage` trains every weight (pretrain, finetune) and `TranslateStage` learns the transport
-plan through the frozen LM. The loop in `trainer` treats both alike.
-
-Shapes: B rows of a micro-batch, T tokens, V and U source and target vocabulary, D width, R source
-rows of this rank.
+The other one, which learns the transport plan, is in `translate`.
 """
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from s2t2_dist import artifacts, engine, export, model
-from s2t2_dist.comm import LocalComm
-from s2t2_dist.config import Finetune, Pretrain, Recipe, Stage, Translate
-from s2t2_dist.data import Batch, ShardReader
+from s2t2_dist.config import Finetune, Pretrain, Stage, Translate
+from s2t2_dist.data import Batch, require_tokenizer
 from s2t2_dist.errors import ConfigError
 from s2t2_dist.evaluate import sum_of_nats
+from s2t2_dist.stage import Context, StageRunner
+from s2t2_dist.translate import (
+    TRANSLATION_DIR,
+    TranslateStage,
+    check_translation,
+    fold_translation,
+    source_token_ids,
+)
+from s2t2_dist.translation import load_translation
 
 
-@dataclass(frozen=True)
-class Context:
-    """What every stage of a run shares on one rank."""
+def check_inputs(context: Context) -> None:
+    """Check the model, the translations and the data against each other before a run starts.
 
-    recipe: Recipe
-    run_dir: Path
-    comm: LocalComm
-    device: torch.device
-    deepspeed: dict  # the DeepSpeed JSON
-    train: ShardReader
-    validation: ShardReader
-
-    @property
-    def special_ids(self) -> dict[str, int]:
-        return export.special_ids(self.train.metadata)
-
-
-class StageRunner(Protocol):
-    """One stage on one rank. Every method but `logits` is a collective."""
-
-    def train_step(
-        self, batches: list[Batch], predicted: int, learning_rate: float
-    ) -> dict[str, float]:
-        """One optimizer step.
-
-        Args:
-            batches: this rank's micro-batches.
-            predicted: predicted tokens of the whole step, over all ranks.
-
-        Returns:
-            `nats` (summed over this rank's tokens) and metrics that are the same on every rank.
-        """
-
-    def evaluation_mode(self, on: bool) -> None: ...
-
-    def logits(self, input_ids_BT: torch.Tensor) -> torch.Tensor: ...
-
-    def save(self, directory: Path) -> None: ...
-
-    def load(self, directory: Path) -> None: ...
-
-    def finish(self, record: dict) -> None:
-        """Write the stage's result, with `record` in its manifest."""
-
-    def close(self) -> None: ...
+    Raises:
+        ConfigError: no model folder, or a vocabulary that does not fit.
+        DataError: the data's tokenizer is not the one that a stage needs.
+        ArtifactError: a translation that is incomplete or altered.
+    """
+    recipe, data = context.recipe, context.train.metadata
+    if recipe.model.config is not None:
+        return
+    folder = model.local_folder(recipe.model)
+    source_vocab_size = model.WeightFiles(folder).vocab_size
+    for stage in recipe.stages:
+        if isinstance(stage, Translate):
+            source_token_ids(stage.source_tokens, folder, source_vocab_size)
+            continue
+        assert isinstance(stage, Finetune)
+        if stage.init == "source":
+            require_tokenizer(data, folder)
+        elif stage.init == "truncate" and data["vocab_size"] > source_vocab_size:
+            raise ConfigError(
+                f"stages.{stage.name}.init: truncate keeps {data['vocab_size']} rows, but the "
+                f"model has {source_vocab_size}; take a smaller vocabulary"
+            )
+        elif stage.translation is not None:
+            check_translation(load_translation(stage.translation), folder, data)
 
 
-def make_stage(context: Context, stage: Stage, previous: Stage | None) -> StageRunner:
+def make_stage(context: Context, stage: Stage) -> StageRunner:
     """Load the model and build the runner of a stage. A collective."""
     if isinstance(stage, Translate):
-        from s2t2_dist.translate import TranslateStage
-
         return TranslateStage(context, stage)
-    return WeightStage(context, stage, starting_model(context, stage, previous))
+    return WeightStage(context, stage, starting_model(context, stage))
 
 
-def starting_model(context: Context, stage: Stage, previous: Stage | None) -> Path:
+def starting_model(context: Context, stage: Stage) -> Path:
     """The folder that a weight stage starts from; rank 0 makes it where it must be made."""
-    recipe = context.recipe
     if isinstance(stage, Finetune) and stage.init == "source":
-        folder = model.local_folder(recipe.model)
-        source_vocab = model.WeightFiles(folder).vocab_size
-        if context.train.metadata["vocab_size"] > source_vocab:
-            raise ConfigError(
-                f"stages.{stage.name}: init is source, but the data's tokenizer has "
-                f"{context.train.metadata['vocab_size']} tokens and the model {source_vocab} rows"
-            )
-        return folder
+        return model.local_folder(context.recipe.model)
     folder = context.run_dir / f"start-{stage.name}"
     if context.comm.rank == 0 and not artifacts.is_complete(folder):
         shutil.rmtree(folder, ignore_errors=True)
@@ -111,14 +85,10 @@ def _make_starting_model(context: Context, stage: Stage, target: Path) -> None:
     source = model.local_folder(recipe.model)
     if stage.init == "truncate":
         rows = context.train.metadata["vocab_size"]
-        if rows > model.WeightFiles(source).vocab_size:
-            raise ConfigError(f"stages.{stage.name}: the model has fewer than {rows} rows to keep")
         model.fold(source, target, lambda weight, _: weight[:rows], context.special_ids)
         return
-    from s2t2_dist.translate import fold_translation
-
-    translation = stage.translation or context.run_dir / "translation"
-    fold_translation(translation, source, target, context)
+    translation = stage.translation or context.run_dir / TRANSLATION_DIR
+    fold_translation(translation, source, target, context.train.metadata)
 
 
 class WeightStage:

@@ -10,9 +10,11 @@ import random
 import signal
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,15 +22,25 @@ import yaml
 
 from s2t2_dist import artifacts, checkpoint, comm, engine, stages
 from s2t2_dist.config import Recipe, Stage, changed_keys, recipe_values
-from s2t2_dist.data import Batch, ShardReader, count_predicted, load_batch, rows_at
+from s2t2_dist.data import (
+    Batch,
+    ShardReader,
+    count_predicted,
+    load_batch,
+    require_tokenizer,
+    rows_at,
+)
 from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error
 from s2t2_dist.evaluate import Evaluation, evaluate
 from s2t2_dist.progress import Progress
 from s2t2_dist.schedule import learning_rate
+from s2t2_dist.stage import Context, StageRunner
 from s2t2_dist.tracking import MetricsFile, MLflowShipper, flatten
 
 EXIT_DONE = 0
 EXIT_PREEMPTED = 3
+STATUS = "status.json"
+T = TypeVar("T")
 
 
 class _StopRequest:
@@ -58,122 +70,127 @@ def run(recipe: Recipe, resume: str = "auto") -> int:
         the exit code: 0 done, 3 stopped on request with a checkpoint written.
 
     Raises:
-        S2T2Error: a user's mistake, found before training starts, or a full disk.
+        S2T2Error: a user's mistake, found before anything is written, or a full disk.
     """
     device = engine.init_distributed()
     world = comm.world_comm()
-    status = Status(recipe.output_dir, world.rank)
+    context = agree(world, lambda: _open_inputs(recipe, world, device))
+    agree(world, lambda: _make_or_match(context, resume))
+    if world.broadcast_object(read_state(context.run_dir) == "done"):
+        if world.rank == 0:
+            print(f"{context.run_dir} is done; nothing to do")
+        code = EXIT_DONE
+    else:
+        code = Trainer(context, resume).run()
+    comm.destroy()
+    return code
+
+
+def agree(world: comm.LocalComm, check: Callable[[], T]) -> T:
+    """Run a check on every rank; where it fails on any, every rank raises the same error."""
+    result, problem = None, None
     try:
-        trainer = Trainer(recipe, resume, world, device, status)
-        try:
-            trainer.run()
-        except BaseException as error:
-            trainer.close("KILLED" if isinstance(error, PreemptedError) else "FAILED")
-            raise
-        trainer.close("FINISHED")
-        return EXIT_DONE
-    except PreemptedError:
-        status.write("preempted")
-        return EXIT_PREEMPTED
-    except BaseException as error:
-        status.write("failed", reason=f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        comm.destroy()
+        result = check()
+    except S2T2Error as error:
+        problem = error
+    problems = world.gather_objects(problem)
+    failed = [rank for rank, found in enumerate(problems) if found]
+    if failed:
+        where = "" if len(failed) == world.size else f"rank {failed[0]}: "
+        shared = type(problems[failed[0]])(f"{where}{problems[failed[0]]}")
+        shared.everywhere = True
+        raise shared
+    return result
 
 
-class Status:
-    """`status.json`: running, preempted, failed with the reason, or done. Rank 0 writes it."""
+def _open_inputs(recipe: Recipe, world: comm.LocalComm, device: torch.device) -> Context:
+    """Check and open what a run reads, before anything is written."""
+    data = recipe.data
+    train = ShardReader(data.path, "train", data.verify)
+    if data.tokenizer is not None:
+        require_tokenizer(train.metadata, data.tokenizer)
+    for stage in recipe.stages:
+        engine.accumulation_steps(stage, world.size)
+    context = Context(
+        recipe=recipe,
+        run_dir=recipe.output_dir.resolve(),
+        comm=world,
+        device=device,
+        deepspeed=engine.load_settings(recipe.deepspeed),
+        train=train,
+        validation=ShardReader(data.path, "validation"),
+    )
+    stages.check_inputs(context)
+    return context
 
-    def __init__(self, run_dir: Path, rank: int):
-        self.path = run_dir / "status.json"
-        self.rank = rank
 
-    def write(self, state: str, **more: object) -> None:
-        """Replace the status; does nothing where the run directory was never made."""
-        if self.rank == 0 and self.path.parent.is_dir():
-            where = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-            artifacts.write_json(self.path, {"state": state, **more, **where})
+def read_state(run_dir: Path) -> str | None:
+    """The state in a run's `status.json`: running, preempted, failed or done."""
+    path = run_dir / STATUS
+    return artifacts.read_json(path)["state"] if path.exists() else None
 
 
 class Trainer:
-    """One run on one rank."""
+    """One run on one rank, in a run directory that is its own.
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        resume: str,
-        world: comm.LocalComm,
-        device: torch.device,
-        status: Status,
-    ):
-        self.recipe = recipe
-        self.comm = world
-        self.status = status
-        self.run_dir = recipe.output_dir.resolve()
+    Args:
+        resume: as for `run`.
+    """
+
+    def __init__(self, context: Context, resume: str):
+        self.context = context
+        self.recipe, self.run_dir, self.comm = context.recipe, context.run_dir, context.comm
         self.stop = _StopRequest()
-        data = recipe.data
-        self.context = stages.Context(
-            recipe=recipe,
-            run_dir=self.run_dir,
-            comm=world,
-            device=device,
-            deepspeed=engine.load_settings(recipe.deepspeed),
-            train=ShardReader(data.path, "train", data.verify),
-            validation=ShardReader(data.path, "validation", data.verify),
-        )
-        for stage in recipe.stages:
-            engine.accumulation_steps(stage, world.size)
-        found = self._open_run_directory(resume)
-        self.resume_dir, self.position = found if found else (None, None)
+        if resume in ("auto", "never"):
+            found = checkpoint.find(self.run_dir, self.comm)
+        else:
+            found = agree(self.comm, lambda: checkpoint.load(Path(resume)))
+        self.resume_dir, self.position = found or (None, None)
         self.metrics: MetricsFile | None = None
         self.mlflow: MLflowShipper | None = None
-        if world.rank == 0:
+        if self.comm.rank == 0:
             self.metrics = MetricsFile(self.run_dir)
             self.metrics.truncate(self.position.metrics_bytes if self.position else 0)
-            if recipe.tracking.enabled:
-                params = flatten(recipe_values(recipe))
-                self.mlflow = MLflowShipper(self.run_dir, recipe.tracking, params)
+            if self.recipe.tracking.enabled:
+                params = flatten(recipe_values(self.recipe))
+                self.mlflow = MLflowShipper(self.run_dir, self.recipe.tracking, params)
 
-    def _open_run_directory(self, resume: str):
-        """Make the run directory or check the one that is there; returns the checkpoint to load."""
-        problem = None
-        if self.comm.rank == 0:
-            try:
-                _make_or_match(self.run_dir, self.recipe, resume)
-            except S2T2Error as error:
-                problem = error
-            except OSError as error:
-                problem = artifacts.disk_error(error, f"making {self.run_dir}") or error
-        problem = self.comm.broadcast_object(problem)
-        if problem:
-            raise problem
-        if resume in ("auto", "never"):
-            return checkpoint.find(self.run_dir, self.comm)
-        path = Path(resume)
-        return path, checkpoint.position_of(artifacts.verify(path))
-
-    def run(self) -> None:
-        """Run every stage that is not behind the checkpoint."""
+    def run(self) -> int:
+        """Run every stage that is not behind the checkpoint; returns the exit code."""
         first = self.position.stage_index if self.position else 0
-        self.status.write("running", stage=self.recipe.stages[first].name)
-        evaluation = None
-        for index in range(first, len(self.recipe.stages)):
-            evaluation = self._run_stage(index)
-        self.status.write("done", **evaluation.metrics())
+        self._write_status("running", stage=self.recipe.stages[first].name)
+        try:
+            for index in range(first, len(self.recipe.stages)):
+                evaluation = self._run_stage(index)
+        except PreemptedError:
+            self._close("KILLED")
+            self._write_status("preempted")
+            return EXIT_PREEMPTED
+        except BaseException as error:
+            self._write_status("failed", reason=f"{type(error).__name__}: {error}")
+            self._close("FAILED")
+            raise
+        self._close("FINISHED")
+        self._write_status("done", **evaluation.metrics())
+        return EXIT_DONE
 
-    def close(self, mlflow_status: str) -> None:
+    def _write_status(self, state: str, **more: object) -> None:
+        if self.comm.rank == 0:
+            where = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+            artifacts.write_json(self.run_dir / STATUS, {"state": state, **more, **where})
+
+    def _close(self, mlflow_status: str) -> None:
         """Ship the last metrics and close the files."""
         if self.metrics:
             self.metrics.sync()
+            self.metrics.close()
         if self.mlflow:
             self.mlflow.close(mlflow_status)
 
     def _run_stage(self, index: int) -> Evaluation:
         stage = self.recipe.stages[index]
-        previous = self.recipe.stages[index - 1] if index else None
         seed_step(self.recipe.seed, index, 0, 0)
-        runner = stages.make_stage(self.context, stage, previous)
+        runner = stages.make_stage(self.context, stage)
         resuming = self.position is not None and self.position.stage_index == index
         start = self.position.step if resuming else 0
         if resuming:
@@ -201,9 +218,7 @@ class Trainer:
         runner.close()
         return evaluation
 
-    def _step(
-        self, runner: stages.StageRunner, stage: Stage, index: int, step: int
-    ) -> dict[str, float]:
+    def _step(self, runner: StageRunner, stage: Stage, index: int, step: int) -> dict[str, float]:
         """One optimizer step on this rank's share of the global batch, and its metrics."""
         started = time.perf_counter()
         seed_step(self.recipe.seed, index, step, self.comm.rank)
@@ -228,7 +243,7 @@ class Trainer:
         micro = np.split(mine, len(mine) // stage.per_device_train_batch_size)
         return [load_batch(reader, part) for part in micro], count_predicted(reader, rows)
 
-    def _evaluate(self, runner: stages.StageRunner, stage: Stage) -> Evaluation:
+    def _evaluate(self, runner: StageRunner, stage: Stage) -> Evaluation:
         runner.evaluation_mode(True)
         evaluation = evaluate(
             runner.logits,
@@ -247,7 +262,7 @@ class Trainer:
             self.metrics.append(stage.name, index, step, values)
         progress.update(step, values)
 
-    def _save(self, runner: stages.StageRunner, stage: Stage, index: int, step: int) -> None:
+    def _save(self, runner: StageRunner, stage: Stage, index: int, step: int) -> None:
         length = self.metrics.sync() if self.metrics else 0
         position = checkpoint.Position(index, stage.name, step, self.comm.size, length)
         keep = self.recipe.save_total_limit
@@ -267,30 +282,34 @@ def seed_step(seed: int, stage_index: int, step: int, rank: int) -> None:
     torch.manual_seed(int(words[0]) << 32 | int(words[1]))
 
 
-def _make_or_match(run_dir: Path, recipe: Recipe, resume: str) -> None:
-    """Make a run directory, or check that the one that is there belongs to this recipe.
+def _make_or_match(context: Context, resume: str) -> None:
+    """Make the run directory, or check that the one that is there belongs to this recipe.
 
     Raises:
         ConfigError: it is there with another recipe (names the keys), or resume is `never`.
+        ArtifactError: something else is there.
     """
+    run_dir, values = context.run_dir, recipe_values(context.recipe)
     config = run_dir / "config.yaml"
-    if not config.exists():
-        if run_dir.exists() and any(run_dir.iterdir()):
-            raise ArtifactError(
-                f"{run_dir} exists and is no run directory (no config.yaml); choose another "
-                "output_dir or remove it yourself"
+    if config.exists():
+        if resume == "never":
+            raise ConfigError(f"{run_dir} holds a run and --resume is never; choose another one")
+        old = yaml.safe_load(config.read_text(encoding="utf-8"))
+        changes = changed_keys({**old, "output_dir": None}, {**values, "output_dir": None})
+        if changes:
+            raise ConfigError(
+                f"{run_dir} was started with another recipe ({'; '.join(changes)}); "
+                "undo the change or choose another output_dir"
             )
-        if resume not in ("auto", "never"):
-            raise ConfigError(f"--resume {resume}: {run_dir} holds no run to resume")
-        run_dir.mkdir(parents=True, exist_ok=True)
-        artifacts.write_text(config, yaml.safe_dump(recipe_values(recipe), sort_keys=False))
         return
-    if resume == "never":
-        raise ConfigError(f"{run_dir} holds a run and --resume is never; choose another output_dir")
-    old = yaml.safe_load(config.read_text(encoding="utf-8"))
-    changes = changed_keys(old, recipe_values(recipe))
-    if changes:
-        raise ConfigError(
-            f"{run_dir} was started with another recipe ({'; '.join(changes)}); "
-            "undo the change or choose another output_dir"
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise ArtifactError(
+            f"{run_dir} exists and is no run directory (no config.yaml in it); choose another "
+            "output_dir or remove it yourself"
         )
+    if resume not in ("auto", "never"):
+        raise ConfigError(f"--resume {resume}: {run_dir} holds no run to resume")
+    context.comm.barrier()  # every rank has looked before rank 0 writes
+    if context.comm.rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        artifacts.write_text(config, yaml.safe_dump(values, sort_keys=False))

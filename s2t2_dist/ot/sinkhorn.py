@@ -88,12 +88,13 @@ def measure_plan(
     """Marginal errors and support of any plan whose rows are spread over ranks (collective)."""
     values = plan_VU.detach()
     col_sums = torch.zeros_like(nu)
-    row_error = torch.zeros(1, dtype=torch.float64, device=values.device)
+    row_error, support = torch.zeros(2, 1, dtype=torch.float64, device=values.device)
     for rows in _tiles(values):
-        col_sums += values[rows].sum(0, dtype=torch.float64)
-        row_sums = values[rows].sum(1, dtype=torch.float64)
+        tile = values[rows]
+        col_sums += tile.sum(0, dtype=torch.float64)
+        row_sums = tile.sum(1, dtype=torch.float64)
         row_error = torch.maximum(row_error, ((row_sums - mu[rows]).abs() / mu[rows]).max())
-    support = torch.count_nonzero(values).to(torch.float64).view(1)
+        support += torch.ne(tile, 0, out=torch.empty_like(tile)).sum()
     totals = comm.sum_(torch.cat((col_sums, support)))
     return SinkhornResult(
         plan=plan_VU,

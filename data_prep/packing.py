@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from s2t2_dist.data import ROWS_PER_BATCH, ROWS_PER_SHARD
+from s2t2_dist.shards import ROWS_PER_BATCH, ROWS_PER_SHARD
 
 BUCKET_BITS = 6
 KEY_BITS = 64

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Makes the base models again from nothing: English, tokenizer, shards, two pretrainings. Hours on
+# two cores; run again after an interruption, it goes on. WORK=DIR keeps the intermediate files.
+#
+# The protein sample is drawn from a larger file; give that as the argument to draw it again:
+#     bash launch/assets/make.sh [swissprot50.fasta.gz]
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+
+# The tests' packages too: the English is what the install holds, and the tests' part of it counts.
+ensure_installed test
+cd "$ROOT"
+ASSETS=launch/assets
+WORK=${WORK:-build/assets}
+mkdir -p "$WORK"
+
+if [[ $# -gt 0 ]]; then
+  python $ASSETS/sample_proteins.py "$1" --clusters 4000 --out $ASSETS/proteins.fasta.gz
+fi
+
+if [[ ! -f $WORK/english.jsonl.gz ]]; then
+  python $ASSETS/collect_docstrings.py \
+    --out "$WORK/new.jsonl.gz" --sources $ASSETS/english-sources.json
+  mv "$WORK/new.jsonl.gz" "$WORK/english.jsonl.gz"
+fi
+s2t2 tokenizer train "$WORK/english.jsonl.gz" --vocab-size 4096 --out "$WORK/tokenizer"
+s2t2 data build "$WORK/english.jsonl.gz" \
+  --tokenizer "$WORK/tokenizer" --context 256 --out "$WORK/english"
+
+for name in tiny small; do
+  run=$WORK/pretrain-$name
+  deepspeed --num_gpus 1 --module s2t2_dist.train launch/recipes/pretrain-$name.yaml \
+    "output_dir=$run" "data.path=$WORK/english"
+  grep -q '"state": "done"' "$run/status.json" || fail "$run did not finish; run this again"
+  mkdir -p $ASSETS/$name
+  cp "$run"/model/* $ASSETS/$name/
+done

@@ -1,0 +1,124 @@
+"""`s2t2 export`: a finished run as one ordinary Hugging Face folder, verified before it appears."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoTokenizer
+
+from s2t2_dist import artifacts, export, model
+from s2t2_dist.card import model_card
+from s2t2_dist.config import Recipe, Translate, load_recipe
+from s2t2_dist.data import ShardReader, require_tokenizer, rows_at
+from s2t2_dist.errors import ArtifactError
+from s2t2_dist.evaluate import Evaluation
+from s2t2_dist.translate import TRANSLATION_DIR, fold_translation
+from s2t2_dist.translation import RECORD
+from s2t2_dist.verify import UNTRAINED, require_verified
+
+CARD = "README.md"
+ROWS_PER_COUNT = 4096
+
+
+def release(run_dir: Path, target: Path, max_shard_size: str = export.MAX_SHARD_SIZE) -> None:
+    """Write a finished run's model to `target`: weights, configs, tokenizer, card, manifest.
+
+    A run that ends with a translate stage has no model of its own: its translation is folded into
+    the base model here.
+
+    Args:
+        max_shard_size: largest safetensors file, such as "5GB".
+
+    Raises:
+        ArtifactError: the run is not finished, a file was altered, `target` exists, or the folder
+            fails a check of `verify`; nothing is left behind.
+        DataError: the run's data folder is gone or was made with another tokenizer.
+    """
+    recipe = load_recipe(run_dir / "config.yaml")
+    if target.exists():
+        raise ArtifactError(f"{target} exists; choose another folder or remove it yourself")
+    train = ShardReader(recipe.data.path, "train")
+    source, info = _finished(run_dir, recipe)
+    record = {key: info[key] for key in ("recipe", "evaluation", "stage", "s2t2_dist")}
+    record = {"kind": "model", **record, UNTRAINED: untrained_ids(recipe, train)}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        artifacts.sealed_directory(target, record) as temporary,
+        tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.fold-") as folded,
+    ):
+        if isinstance(recipe.stages[-1], Translate):
+            base = model.local_folder(recipe.model)
+            fold_translation(source, base, Path(folded), train.metadata)
+            source = Path(folded)
+        copy_weights(source, temporary, max_shard_size)
+        export.copy_tokenizer(train.directory, temporary)
+        tokenizer = AutoTokenizer.from_pretrained(temporary)
+        ids = {name: getattr(tokenizer, name) for name in model.SPECIAL_IDS}
+        model.save_configs(AutoConfig.from_pretrained(source), ids, temporary)
+        card = model_card(target.name, recipe, train.metadata, Evaluation(**record["evaluation"]))
+        (temporary / CARD).write_text(card, encoding="utf-8")
+        require_verified(temporary, record[UNTRAINED])
+
+
+def _finished(run_dir: Path, recipe: Recipe) -> tuple[Path, dict]:
+    """The artifact of the last stage, checked against its manifest, and what it records."""
+    translated = isinstance(recipe.stages[-1], Translate)
+    source = run_dir / (TRANSLATION_DIR if translated else export.MODEL_DIR)
+    if not artifacts.is_complete(source):
+        raise ArtifactError(
+            f"{run_dir} is not finished ({source.name}/ is not complete); "
+            f"s2t2 train {run_dir / 'config.yaml'} resumes it"
+        )
+    manifest = artifacts.verify(source)
+    if translated:
+        return source, artifacts.read_json(source / RECORD)["info"]
+    require_tokenizer(artifacts.read_manifest(recipe.data.path), source)
+    return source, manifest
+
+
+def untrained_ids(recipe: Recipe, train: ShardReader) -> list[int]:
+    """Token ids that no row held on which any stage of the run was trained, ascending.
+
+    Their rows got no gradient of their own, so that they may be equal to each other.
+    """
+    visited = max(stage.max_steps * stage.train_batch_size for stage in recipe.stages)
+    seen = np.zeros(train.metadata["vocab_size"], dtype=bool)
+    for start in range(0, min(visited, len(train)), ROWS_PER_COUNT):
+        positions = np.arange(start, min(start + ROWS_PER_COUNT, visited, len(train)))
+        for row in rows_at(positions, len(train), recipe.seed):
+            seen[train[row][: train.length(row)]] = True
+    return np.flatnonzero(~seen).tolist()
+
+
+def copy_weights(source: Path, target: Path, max_shard_size: str) -> None:
+    """Copy a folder's tensors into files of at most this size, one file in memory at a time.
+
+    Writes the index that `from_pretrained` reads where there are several files. A single tensor
+    that is larger gets a file of its own.
+    """
+    file_of = model.WeightFiles(source).file_of
+    shapes = {name: _on_meta(source / file, name) for name, file in file_of.items()}
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        tensors = {}
+        for name in names:
+            with safe_open(source / file_of[name], "pt") as f:
+                tensors[name] = f.get_tensor(name)
+        save_file(tensors, target / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (target / model.INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _on_meta(path: Path, name: str) -> torch.Tensor:
+    """A tensor without data, of the shape and dtype that it has in the file."""
+    with safe_open(path, "pt") as f:
+        view = f.get_slice(name)
+        shape = view.get_shape()
+        dtype = view[tuple(slice(0, 0) for _ in shape)].dtype if shape else f.get_tensor(name).dtype
+    return torch.empty(shape, dtype=dtype, device="meta")

@@ -1,0 +1,62 @@
+"""What the stages of a run share: their context and the interface that the loop drives.
+
+Shapes: B rows of a micro-batch, T tokens of a row.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from s2t2_dist import export
+from s2t2_dist.comm import LocalComm
+from s2t2_dist.config import Recipe
+from s2t2_dist.data import Batch, ShardReader
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage of a run shares on one rank."""
+
+    recipe: Recipe
+    run_dir: Path
+    comm: LocalComm
+    device: torch.device
+    deepspeed: dict  # the DeepSpeed JSON
+    train: ShardReader
+    validation: ShardReader
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        return export.special_ids(self.train.metadata)
+
+
+class StageRunner(Protocol):
+    """One stage on one rank. Every method but `logits` is a collective."""
+
+    def train_step(
+        self, batches: list[Batch], predicted: int, learning_rate: float
+    ) -> dict[str, float]:
+        """One optimizer step.
+
+        Args:
+            batches: this rank's micro-batches.
+            predicted: predicted tokens of the whole step, over all ranks.
+
+        Returns:
+            `nats` (summed over this rank's tokens) and metrics that are the same on every rank.
+        """
+
+    def evaluation_mode(self, on: bool) -> None: ...
+
+    def logits(self, input_ids_BT: torch.Tensor) -> torch.Tensor: ...
+
+    def save(self, directory: Path) -> None: ...
+
+    def load(self, directory: Path) -> None: ...
+
+    def finish(self, record: dict) -> None:
+        """Write the stage's result, with `record` in its manifest."""
+
+    def close(self) -> None: ...

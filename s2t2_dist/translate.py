@@ -1,0 +1,262 @@
+"""The translate stage: the LM is frozen and partitioned, this rank's rows of C learn.
+
+C lives outside the engine, with its own AdamW. Per optimizer step: one solve gives E' and L' as
+leaf tensors; the micro-batches accumulate into their gradients; one backward through the solve
+gives the gradient of this rank's rows.
+
+Shapes: V and U source and target vocabulary, D width, R source rows of this rank.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+
+from s2t2_dist import artifacts, engine, export, model
+from s2t2_dist.comm import world_comm
+from s2t2_dist.config import Translate
+from s2t2_dist.data import Batch, tokenizer_sha256
+from s2t2_dist.errors import ArtifactError, ConfigError, DataError
+from s2t2_dist.evaluate import sum_of_nats
+from s2t2_dist.ot.translator import Translator, row_range
+from s2t2_dist.stage import Context
+from s2t2_dist.translation import Translation, load_translation, save_translation
+
+TRANSLATION_DIR = "translation"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class TranslateStage:
+    """Learns the transport plan through the frozen LM (paper, section 2)."""
+
+    def __init__(self, context: Context, stage: Translate):
+        self.context = context
+        self.stage = stage
+        self.folder = model.local_folder(context.recipe.model)
+        weights = model.WeightFiles(self.folder)
+        tokens = source_token_ids(stage.source_tokens, self.folder, weights.vocab_size)
+        start, stop = row_range(len(tokens), context.comm.rank, context.comm.size)
+        self.rows = (start, stop)
+        self.source_vocab_size = weights.vocab_size
+        self.token_ids_R = tokens[start:stop]
+        embed_RD = weights.rows(weights.embed_name, self.token_ids_R).to(context.device)
+        tied = weights.head_name == weights.embed_name
+        head_RD = embed_RD if tied else weights.rows(weights.head_name, self.token_ids_R)
+        U = context.train.metadata["vocab_size"]
+        self.source_marginal = torch.full((stop - start,), 1 / len(tokens), dtype=torch.float64)
+        self.target_marginal = torch.full((U,), 1 / U, dtype=torch.float64)
+        self.translator = Translator(
+            embed_RD,
+            head_RD.to(context.device),
+            self.source_marginal,
+            self.target_marginal,
+            method=stage.method,
+            iterations=stage.iterations,
+            embed_scale=stage.embed_scale,
+            units=stage.units,
+            comm=world_comm(own_group=True),
+        )
+        self.optimizer = torch.optim.AdamW(
+            [self.translator.cost],
+            lr=stage.learning_rate,
+            betas=(stage.adam_beta1, stage.adam_beta2),
+            eps=stage.adam_epsilon,
+            weight_decay=stage.weight_decay,
+        )
+        settings = engine.engine_settings(
+            context.deepspeed, context.recipe.model, stage, context.comm.size
+        )
+        lm = model.load_lm(self.folder, context.recipe.model, settings)
+        recompute = context.recipe.model.gradient_checkpointing
+        self.lm = engine.FrozenLM(lm, settings, recompute)
+        self.translated = None
+
+    def evaluation_mode(self, on: bool) -> None:
+        """Solve once for a whole evaluation."""
+        if on:
+            with torch.no_grad():
+                self.translated = self.translator.translate()
+        else:
+            self.translated = None
+
+    def logits(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
+        """Next-target-token logits (B, T, U) under the plan of the current step."""
+        embed_UD, head_UD = self.translated.embed_UD, self.translated.head_UD
+        hidden_BTD = self.lm.hidden(torch.nn.functional.embedding(input_ids_BT, embed_UD))
+        return hidden_BTD @ head_UD.to(hidden_BTD.dtype).T
+
+    def train_step(
+        self, batches: list[Batch], predicted: int, learning_rate: float
+    ) -> dict[str, float]:
+        clock = _Clock(self.context.device)
+        self.translated = self.translator.translate()
+        clock.lap("translator")
+        nats = 0.0
+        for batch in batches:
+            logits = self.logits(batch.input_ids.to(self.context.device))
+            loss = sum_of_nats(logits, batch.labels.to(self.context.device))
+            (loss / predicted).backward()
+            nats += float(loss.detach())
+        clock.lap("lm")
+        self.translator.backward(self.translated, self.stage.entropy_weight)
+        grad_norm = self.translator.clip_grad_norm(self.stage.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.translated = None
+        clock.lap("translator")
+        return {
+            "nats": nats,
+            "grad_norm": grad_norm,
+            "translator_seconds": clock.seconds["translator"],
+            "lm_seconds": clock.seconds["lm"],
+            **self.translator.statistics(),
+        }
+
+    def save(self, directory: Path) -> None:
+        """Write this rank's rows of C with their AdamW moments."""
+        cost = self.translator.cost
+        state = self.optimizer.state[cost]
+        zeros = torch.zeros_like(cost)
+        tensors = {"cost": cost.detach(), **{name: state.get(name, zeros) for name in MOMENTS}}
+        tensors["step"] = torch.as_tensor(state.get("step", 0), dtype=torch.float32)
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        start, stop = self.rows
+        save_file(tensors, directory / f"cost-{start:08d}-{stop:08d}.safetensors")
+
+    def load(self, directory: Path) -> None:
+        """Restore this rank's rows, whichever ranks wrote them.
+
+        Raises:
+            ArtifactError: the checkpoint does not hold every row.
+        """
+        cost = self.translator.cost
+        wanted = {name: torch.empty_like(cost, device="cpu") for name in ("cost", *MOMENTS)}
+        found, (start, stop), step = 0, self.rows, torch.tensor(0.0)
+        for path in sorted(directory.glob("cost-*.safetensors")):
+            first, last = (int(part) for part in path.stem.split("-")[1:])
+            low, high = max(first, start), min(last, stop)
+            with safe_open(path, "pt") as f:
+                step = f.get_tensor("step")
+                if low >= high:
+                    continue
+                for name, rows in wanted.items():
+                    rows[low - start : high - start] = f.get_slice(name)[low - first : high - first]
+            found += high - low
+        if found != stop - start:
+            raise ArtifactError(f"{directory} holds {found} of rows {start} to {stop} of C")
+        with torch.no_grad():
+            cost.copy_(wanted.pop("cost"))
+        moments = {name: rows.to(cost.device) for name, rows in wanted.items()}
+        self.optimizer.state[cost] = {"step": step, **moments}
+
+    def finish(self, record: dict) -> None:
+        """Write `translation/`."""
+        target = self.context.run_dir / TRANSLATION_DIR
+        if artifacts.is_complete(target):
+            return
+        save_translation(
+            target,
+            self.context.comm,
+            plan_rows=self.translator.plan_rows(),
+            source_token_ids=self.token_ids_R,
+            source_marginal=self.source_marginal,
+            target_marginal=self.target_marginal,
+            source_tokenizer_sha256=tokenizer_sha256(self.folder),
+            target_tokenizer_sha256=self.context.train.metadata["tokenizer_sha256"],
+            embed_scale=self.stage.embed_scale,
+            vocab_size=self.source_vocab_size,
+            info={**record, "statistics": self.translator.statistics()},
+        )
+
+    def close(self) -> None:
+        self.lm.close()
+
+
+def source_token_ids(choice: str, folder: Path, vocab_size: int) -> torch.Tensor:
+    """The source tokens that are rows of P, (R,) int64 ascending.
+
+    Args:
+        choice: `all`; `bytes` (tokens that stand for one character or byte, the paper's setting);
+            or a file with one token id per line.
+
+    Raises:
+        ConfigError: the file is missing or holds something else than ids of this vocabulary.
+    """
+    if choice == "all":
+        return torch.arange(vocab_size)
+    if choice == "bytes":
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        special = set(tokenizer.all_special_ids)
+        ids = [
+            number
+            for token, number in tokenizer.get_vocab().items()
+            if len(token) == 1 and number not in special
+        ]
+        return torch.tensor(sorted(ids))
+    try:
+        ids = sorted({int(line) for line in Path(choice).read_text().split()})
+    except OSError:
+        raise ConfigError(f"source_tokens: {choice} is not all, bytes or a file") from None
+    except ValueError as error:
+        raise ConfigError(f"source_tokens: {choice} must hold one id per line ({error})") from None
+    if not ids or ids[0] < 0 or ids[-1] >= vocab_size:
+        raise ConfigError(f"source_tokens: ids in {choice} must be from 0 to {vocab_size - 1}")
+    return torch.tensor(ids)
+
+
+def check_translation(translation: Translation, source: Path, data_metadata: dict) -> None:
+    """Check that a translation is one between the model's tokenizer and the data's.
+
+    Raises:
+        DataError: it was learned for another target or source tokenizer.
+    """
+    pairs = {
+        "source": (translation.source_tokenizer_sha256, tokenizer_sha256(source)),
+        "target": (translation.target_tokenizer_sha256, data_metadata["tokenizer_sha256"]),
+    }
+    for side, (found, expected) in pairs.items():
+        if found != expected:
+            raise DataError(
+                f"the translation was learned for the {side} tokenizer {found[:12]}, here it is "
+                f"{expected[:12]}; learn a translation for this pair"
+            )
+
+
+def fold_translation(
+    translation_dir: Path, source: Path, target: Path, data_metadata: dict
+) -> None:
+    """Write `source` with the translated vocabulary into the empty folder `target` (rank 0 only).
+
+    Raises:
+        ArtifactError: not a translation.
+        DataError: it was learned for another target or source tokenizer.
+    """
+    translation = load_translation(translation_dir)
+    check_translation(translation, source, data_metadata)
+    apply = {"embed": translation.embed, "head": translation.head}
+    ids = export.special_ids(data_metadata)
+    model.fold(source, target, lambda weight, which: apply[which](weight), ids)
+
+
+class _Clock:
+    """Seconds per part of a step, with the device's queue drained at each lap."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.last = self._now()
+
+    def lap(self, part: str) -> None:
+        now = self._now()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self.last
+        self.last = now
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()

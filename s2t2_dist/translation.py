@@ -1,0 +1,251 @@
+"""The translation artifact: a learned plan on disk, and its use on another model's weights.
+
+A translation is a sealed directory: one `plan-*.safetensors` per rank that wrote it (its rows of
+P as CSR, their source token ids and marginals), `target_marginal.safetensors` and
+`translation.json`. P has total mass 1. Source tokens that the plan leaves out have no row.
+
+Shapes: R source tokens in use, V the source vocabulary, U the target vocabulary, D model width.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from s2t2_dist import artifacts
+from s2t2_dist.comm import LocalComm
+from s2t2_dist.errors import ArtifactError, S2T2Error
+
+FORMAT_VERSION = 1
+RECORD = "translation.json"
+TARGET_MARGINAL = "target_marginal.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Translation:
+    """A plan between two vocabularies.
+
+    Attributes:
+        plan: (R, U) sparse COO float32, coalesced, total mass 1.
+        source_token_ids: (R,) the source token of each row.
+        source_marginal, target_marginal: (R,) and (U,), float64.
+        embed_scale: "paper" or "convex", how E' is scaled.
+        vocab_size: V, rows of the source model's embedding.
+        info: the rest of the record: method, iterations, base model, statistics.
+    """
+
+    plan: torch.Tensor
+    source_token_ids: torch.Tensor
+    source_marginal: torch.Tensor
+    target_marginal: torch.Tensor
+    source_tokenizer_sha256: str
+    target_tokenizer_sha256: str
+    embed_scale: str
+    vocab_size: int
+    info: dict[str, Any]
+
+    def embed(self, embed_VD: torch.Tensor) -> torch.Tensor:
+        """E' (U, D) float32 of any model with the source vocabulary."""
+        rows = self._rows(embed_VD, "embedding")
+        if self.embed_scale == "convex":
+            return self._average(rows)
+        return torch.sparse.mm(self.plan.T, rows / self.source_marginal.float()[:, None])
+
+    def head(self, head_VD: torch.Tensor) -> torch.Tensor:
+        """L' (U, D) float32: convex combinations of the rows of L."""
+        return self._average(self._rows(head_VD, "LM head"))
+
+    def _average(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.sparse.mm(self.plan.T, rows) / self.target_marginal.float()[:, None]
+
+    def _rows(self, weight_VD: torch.Tensor, name: str) -> torch.Tensor:
+        needed = int(self.source_token_ids.max()) + 1
+        if weight_VD.dim() != 2 or len(weight_VD) < needed:
+            raise ArtifactError(
+                f"the {name} has shape {tuple(weight_VD.shape)}, but the translation needs "
+                f"{needed} rows or more: it was learned for another source vocabulary"
+            )
+        return weight_VD[self.source_token_ids.to(weight_VD.device)].float().cpu()
+
+
+def save_translation(
+    directory: Path,
+    comm: LocalComm,
+    *,
+    plan_rows: torch.Tensor,
+    source_token_ids: torch.Tensor,
+    source_marginal: torch.Tensor,
+    target_marginal: torch.Tensor,
+    source_tokenizer_sha256: str,
+    target_tokenizer_sha256: str,
+    embed_scale: str,
+    vocab_size: int,
+    info: dict[str, Any],
+) -> None:
+    """Write a translation, every rank its own rows. A collective; all ranks see one file system.
+
+    Args:
+        directory: must not exist; it appears, complete, at the end.
+        plan_rows: (R_local, U) of total mass 1 over all ranks.
+        source_token_ids, source_marginal: (R_local,), those of the same rows.
+        target_marginal: (U,).
+        info: anything JSON: method, iterations, base model and its hash, statistics.
+
+    Raises:
+        ArtifactError: on every rank, when any rank could not write; nothing is left behind.
+    """
+    record = {
+        "kind": "translation",
+        "format_version": FORMAT_VERSION,
+        "parts": comm.size,
+        "vocab_size": vocab_size,
+        "embed_scale": embed_scale,
+        "source_tokenizer_sha256": source_tokenizer_sha256,
+        "target_tokenizer_sha256": target_tokenizer_sha256,
+        "info": info,
+    }
+    part = _to_csr(plan_rows)
+    part["source_token_ids"] = source_token_ids.long().cpu()
+    part["source_marginal"] = source_marginal.double().cpu()
+    shared = {"values": target_marginal.double().cpu()}
+    temporary = directory.parent / f".{directory.name}.tmp"
+    try:
+        _write_together(directory, temporary, comm, record, part, shared)
+    except S2T2Error:
+        if comm.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _write_together(
+    directory: Path,
+    temporary: Path,
+    comm: LocalComm,
+    record: dict,
+    part: dict[str, torch.Tensor],
+    shared: dict[str, torch.Tensor],
+) -> None:
+    """Rank 0 opens the directory, every rank writes its part, rank 0 seals and publishes."""
+    first = comm.rank == 0
+
+    def prepare() -> None:
+        if first and directory.exists():
+            raise ArtifactError(f"{directory} exists; choose another folder or remove it yourself")
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+
+    def write() -> dict[str, dict]:
+        names = [_part_name(comm.rank, comm.size)]
+        save_file(part, temporary / names[0])
+        if first:
+            save_file(shared, temporary / TARGET_MARGINAL)
+            artifacts.write_json(temporary / RECORD, record)
+            names += [TARGET_MARGINAL, RECORD]
+        return artifacts.describe_files(temporary, names)
+
+    def finish() -> None:
+        if first:
+            artifacts.seal(temporary, {"kind": "translation"}, files)
+            artifacts.publish(temporary, directory)
+
+    _on_every_rank(comm, prepare)
+    files = {
+        name: entry for entries in _on_every_rank(comm, write) for name, entry in entries.items()
+    }
+    _on_every_rank(comm, finish)
+
+
+def load_translation(path: str | Path) -> Translation:
+    """Read a translation and check every file's hash and every index. No pickle is involved.
+
+    Raises:
+        ArtifactError: incomplete, altered, of another kind or version, or inconsistent.
+    """
+    path = Path(path)
+    artifacts.verify(path)
+    record = artifacts.read_json(path / RECORD)
+    version = record.get("format_version")
+    if record.get("kind") != "translation" or version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path} is a {record.get('kind')} of format {version}, "
+            f"expected a translation of format {FORMAT_VERSION}"
+        )
+    shards = [_read(path / _part_name(i, record["parts"])) for i in range(record["parts"])]
+    target_marginal = _read(path / TARGET_MARGINAL)["values"]
+    ids, mu = (
+        torch.cat([s[key] for s in shards]) for key in ("source_token_ids", "source_marginal")
+    )
+    plan = _from_csr(shards, len(target_marginal), path)
+    in_vocabulary = ((ids >= 0) & (ids < record["vocab_size"])).all()
+    if len(ids) != len(plan) or len(ids.unique()) != len(ids) or not in_vocabulary:
+        raise ArtifactError(
+            f"{path}: its {len(ids)} source token ids for {len(plan)} rows are not distinct ids "
+            f"below {record['vocab_size']}"
+        )
+    return Translation(
+        plan=plan,
+        source_token_ids=ids,
+        source_marginal=mu,
+        target_marginal=target_marginal,
+        source_tokenizer_sha256=record["source_tokenizer_sha256"],
+        target_tokenizer_sha256=record["target_tokenizer_sha256"],
+        embed_scale=record["embed_scale"],
+        vocab_size=record["vocab_size"],
+        info=record["info"],
+    )
+
+
+def _part_name(rank: int, size: int) -> str:
+    return f"plan-{rank:05d}-of-{size:05d}.safetensors"
+
+
+def _to_csr(plan_rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    plan = plan_rows.detach().float().cpu()
+    rows, indices = plan.nonzero(as_tuple=True)
+    indptr = torch.zeros(len(plan) + 1, dtype=torch.int64)
+    indptr[1:] = torch.bincount(rows, minlength=len(plan)).cumsum(0)
+    return {"indptr": indptr, "indices": indices.int(), "values": plan[rows, indices]}
+
+
+def _from_csr(shards: list[dict[str, torch.Tensor]], columns: int, path: Path) -> torch.Tensor:
+    """One coalesced COO matrix from the parts (torch's own CSR cannot be transposed and used)."""
+    counts = torch.cat([shard["indptr"].diff() for shard in shards])
+    indices = torch.cat([shard["indices"] for shard in shards]).long()
+    values = torch.cat([shard["values"] for shard in shards])
+    consistent = len(indices) == len(values) == counts.sum() and bool((counts >= 0).all())
+    if not consistent or not bool(((indices >= 0) & (indices < columns)).all()):
+        raise ArtifactError(f"{path}: the plan's indices do not describe {columns} columns")
+    rows = torch.arange(len(counts)).repeat_interleave(counts)
+    return torch.sparse_coo_tensor(
+        torch.stack((rows, indices)),
+        values,
+        (len(counts), columns),
+        is_coalesced=True,
+        check_invariants=True,
+    )
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} is not readable ({error}); make it again") from None
+
+
+def _on_every_rank(comm: LocalComm, step: Callable[[], Any]) -> list:
+    """Run a step that may fail on one rank: its results on all ranks, or the error on all."""
+    try:
+        outcome = (step(), None)
+    except (S2T2Error, SafetensorError, OSError) as error:
+        outcome = (None, f"rank {comm.rank}: {error}" if comm.size > 1 else str(error))
+    outcomes = comm.gather_objects(outcome)
+    failures = [failure for _, failure in outcomes if failure is not None]
+    if failures:
+        raise ArtifactError(failures[0])
+    return [value for value, _ in outcomes]

@@ -1,0 +1,105 @@
+"""Shared small folders: proteins, tokenizers, data and a random language model.
+
+Everything is a function of fixed seeds, made once per session, and must not be changed by a test:
+copy what you alter.
+"""
+
+import argparse
+import json
+import pydoc
+import random
+import shutil
+import string
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import OlmoConfig, OlmoForCausalLM
+
+from data_prep.build import BuildOptions, build_shards
+from data_prep.readers import RESIDUES
+from data_prep.tokenizer import train_tokenizer
+
+CONTEXT = 32
+PROTEIN_VOCAB = 64
+SOURCE_VOCAB = 400
+
+
+def make_source_model(
+    folder: Path, tokenizer: Path, *, tied: bool = True, dtype: torch.dtype = torch.float32
+) -> Path:
+    """A random OLMo of two layers, width 32, with this tokenizer, as a Hugging Face folder."""
+    config = OlmoConfig(
+        vocab_size=SOURCE_VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=4 * CONTEXT,
+        tie_word_embeddings=tied,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    torch.manual_seed(17)
+    OlmoForCausalLM(config).to(dtype).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tokenizer / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def protein_fasta(tmp_path_factory) -> Path:
+    """400 sequences of 30 to 120 residues, made of a few motifs, so that a BPE finds units."""
+    rng = random.Random(5)
+    motifs = ["".join(rng.choices(RESIDUES, k=rng.randint(2, 5))) for _ in range(60)]
+    lines = []
+    for i in range(400):
+        sequence, length = "", rng.randint(30, 120)
+        while len(sequence) < length:
+            sequence += rng.choice(motifs) if rng.random() < 0.7 else rng.choice(RESIDUES)
+        lines.append(f">p{i}\n{sequence[:length]}\n")
+    path = tmp_path_factory.mktemp("fasta") / "proteins.fasta"
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def protein_tokenizer(protein_fasta, tmp_path_factory) -> Path:
+    """The new domain's tokenizer: 64 tokens."""
+    folder = tmp_path_factory.mktemp("protein-tokenizer") / "tokenizer"
+    train_tokenizer([protein_fasta], folder, PROTEIN_VOCAB)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def protein_data(protein_fasta, protein_tokenizer, tmp_path_factory) -> Path:
+    """The proteins in new tokens: rows of 32 tokens, a fifth of the documents in validation."""
+    folder = tmp_path_factory.mktemp("protein-data") / "data"
+    build_shards([protein_fasta], protein_tokenizer, folder, BuildOptions(CONTEXT, 0.2))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def source_tokenizer(tmp_path_factory) -> Path:
+    """A byte-level BPE of 400 tokens, trained on English from the standard library."""
+    folder = tmp_path_factory.mktemp("source-tokenizer")
+    documents = [pydoc.getdoc(module) for module in (argparse, json, random, shutil, string)]
+    documents += [pydoc.getdoc(value) for value in vars(random.Random).values()]
+    lines = [json.dumps({"text": text}) for text in dict.fromkeys(documents) if text]
+    (folder / "english.jsonl").write_text("\n".join(lines) + "\n")
+    train_tokenizer([folder / "english.jsonl"], folder / "tokenizer", SOURCE_VOCAB)
+    return folder / "tokenizer"
+
+
+@pytest.fixture(scope="session")
+def source_model(source_tokenizer, tmp_path_factory) -> Path:
+    """The base model: tied, float32, 400 tokens, width 32."""
+    return make_source_model(tmp_path_factory.mktemp("source-model") / "model", source_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def source_data(protein_fasta, source_model, tmp_path_factory) -> Path:
+    """The same proteins in the base model's tokens, one for every residue."""
+    folder = tmp_path_factory.mktemp("source-data") / "data"
+    build_shards([protein_fasta], source_model, folder, BuildOptions(CONTEXT, 0.2, characters=True))
+    return folder

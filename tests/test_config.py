@@ -1,0 +1,109 @@
+"""The recipe: overrides, defaults of the paper, and errors that name the key."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from s2t2_dist.config import Finetune, Translate, changed_keys, load_recipe, recipe_values
+from s2t2_dist.errors import ConfigError
+
+RECIPES = sorted((Path(__file__).parent.parent / "launch" / "recipes").glob("*.yaml"))
+
+MINIMAL = {
+    "output_dir": "runs/x",
+    "model": {"model_name_or_path": "m"},
+    "data": {"path": "d"},
+    "deepspeed": "ds.json",
+    "stages": [{"kind": "translate", "max_steps": 10}, {"kind": "finetune", "max_steps": 5}],
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_recipe(values):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+        return path
+
+    return write_recipe
+
+
+def test_defaults_are_the_papers_training_details(write):
+    translate, finetune = load_recipe(write(MINIMAL)).stages
+    assert isinstance(translate, Translate) and isinstance(finetune, Finetune)
+    assert (translate.learning_rate, translate.weight_decay) == (1e-3, 0.0)
+    assert (finetune.learning_rate, finetune.weight_decay) == (2e-5, 0.01)
+    for stage in (translate, finetune):
+        assert (stage.adam_beta1, stage.adam_beta2, stage.adam_epsilon) == (0.9, 0.95, 1e-5)
+        assert (stage.warmup_ratio, stage.min_lr_ratio) == (0.2, 0.1)
+    assert translate.iterations == 3 and translate.entropy_weight == 0
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_shipped_recipe_is_valid(path):
+    recipe = load_recipe(path)
+    assert recipe.deepspeed.exists(), f"{path.name} names {recipe.deepspeed}, which is not there"
+
+
+def test_overrides_reach_a_stage_by_name_and_by_number(write):
+    path = write(MINIMAL)
+    recipe = load_recipe(path, ["stages.finetune.max_steps=7", "stages.0.learning_rate=0.5"])
+    assert recipe.stages[1].max_steps == 7
+    assert recipe.stages[0].learning_rate == 0.5
+    assert load_recipe(path, ["tracking.enabled=false"]).tracking.enabled is False
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["seeds=3"], "unknown key seeds"),
+        (["stages.translate.lr=1"], "unknown key stages.0.translate.lr"),
+        (["stages.translate.max_steps=-1"], "stages.0.translate.max_steps"),
+        (["stages.warmup.max_steps=3"], "stages.warmup"),
+        (["model.dtype=float16"], "model.dtype"),
+        (["seed"], "not key=value"),
+        (["seed.x=1"], "seed"),
+        (["stages=[]"], "stages"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(write, overrides, named):
+    values = {**MINIMAL, "seed": 1}
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(write(values), overrides)
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("", "no keys"), ("a: [", "not YAML"), ("output_dir: x", "missing key")],
+)
+def test_a_file_that_is_no_recipe(write, text, named):
+    with pytest.raises(ConfigError, match=named):
+        load_recipe(write(text))
+
+
+def test_a_missing_recipe_is_named():
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml does not exist"):
+        load_recipe(Path("nowhere.yaml"))
+
+
+def test_pretraining_needs_a_config_and_the_other_stages_a_model(write):
+    with pytest.raises(ConfigError, match="pretrain starts from model.config"):
+        load_recipe(write({**MINIMAL, "stages": [{"kind": "pretrain", "max_steps": 1}]}))
+    with pytest.raises(ConfigError, match="model_name_or_path, or config"):
+        load_recipe(write({**MINIMAL, "model": {}}))
+
+
+def test_a_stage_that_trains_every_weight_is_the_last(write):
+    stages = [{"kind": "finetune", "max_steps": 1, "init": "source"}, MINIMAL["stages"][0]]
+    with pytest.raises(ConfigError, match="must be the last"):
+        load_recipe(write({**MINIMAL, "stages": stages}))
+
+
+def test_changed_keys_name_the_stage(write):
+    old = recipe_values(load_recipe(write(MINIMAL)))
+    new = recipe_values(load_recipe(write(MINIMAL), ["stages.translate.max_steps=11", "seed=1"]))
+    assert changed_keys(old, new) == ["seed: 17 -> 1", "stages.translate.max_steps: 10 -> 11"]
+    assert changed_keys(old, old) == []
