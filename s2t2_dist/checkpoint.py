@@ -66,6 +66,7 @@ def save(
             for old in list_checkpoints(run_dir)[keep:]:
                 shutil.rmtree(old)
     except (OSError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise _save_error(error, target) from error
     comm.barrier()
 

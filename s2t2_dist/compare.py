@@ -4,9 +4,12 @@ Bits per byte compare across tokenizers; perplexity per token does not (paper, s
 """
 
 import shutil
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -58,7 +61,7 @@ class Row:
     entropy: float | None = None
 
 
-def compare(run_dirs: list[Path], out: Path) -> Table:
+def compare(run_dirs: list[Path], out: Path) -> Group:
     """Write table.md, table.json and figure.png for runs over the same text; returns the table.
 
     `out` may be an earlier comparison, which is replaced.
@@ -79,10 +82,10 @@ def compare(run_dirs: list[Path], out: Path) -> Table:
         values["best_new_tokenizer"] = best and {"label": best.label, "run": best.run}
         artifacts.write_json(temporary / TABLE_JSON, values)
         artifacts.write_text(temporary / TABLE_MD, markdown(rows, best))
-        guesses = zip(("uniform", "unigram"), map(_bits, rows), strict=False)
-        draw(temporary / FIGURE, runs, list(guesses))
+        guesses = dict(zip(("uniform", "unigram"), map(_bits, rows), strict=False))
+        draw(temporary / FIGURE, _named(runs), guesses)
     _replace(out, fresh)
-    return terminal_table(rows, best)
+    return terminal_tables(rows, best)
 
 
 def make_rows(runs: list[FinishedRun]) -> list[Row]:
@@ -95,6 +98,17 @@ def make_rows(runs: list[FinishedRun]) -> list[Row]:
                 rows.append(_row(run, index, 0))
             rows.append(_row(run, index, stage.max_steps))
     return rows
+
+
+def _named(runs: list[FinishedRun]) -> dict[str, FinishedRun]:
+    """Runs by what they end as; by their own names too where that is the same."""
+    ends = [
+        _label(run, len(run.recipe.stages) - 1, run.recipe.stages[-1].max_steps) for run in runs
+    ]
+    return {
+        end if ends.count(end) == 1 else f"{end} ({run.name})": run
+        for end, run in zip(ends, runs, strict=True)
+    }
 
 
 def best_new(rows: list[Row]) -> Row | None:
@@ -143,12 +157,12 @@ def _label(run: FinishedRun, index: int, step: int) -> str:
         return f"{METHODS[stage.method]}, translation only"
     if isinstance(stage, Pretrain):
         return "Pretrained from random weights"
-    finetuned = " + CFT" if step else ", before finetuning"
+    finetuned = " + CFT" if step else ", before CFT"
     if stage.init == "truncate":
         return f"New tokenizer, truncated{finetuned}"
     if stage.init == "source":
-        cut = "single characters" if run.data["characters"] else "BPE"
-        return f"Source tokenizer, {cut}{finetuned}"
+        cut = "characters" if run.data["characters"] else "BPE"
+        return f"Source tokenizer ({cut}){finetuned}"
     if stage.translation is None:
         learned = [s for s in run.recipe.stages[:index] if isinstance(s, Translate)][-1]
         return f"{METHODS[learned.method]}{finetuned}"
@@ -162,27 +176,29 @@ def _method(translation: Translation) -> str:
 
 
 COLUMNS = (
-    ("bits/byte", "bits_per_byte", "{:.3f}"),
-    ("perplexity", "perplexity", "{:,.2f}"),
-    ("bytes/token", "bytes_per_token", "{:.2f}"),
-    ("steps", "stage_steps", "{:,}"),
-    ("total", "total_steps", "{:,}"),
-    ("tokens seen", "tokens_seen", "{:,}"),
-    ("P/row", "nonzeros_per_row", "{:,.1f}"),
-    ("P/column", "nonzeros_per_column", "{:,.1f}"),
-    ("P share", "nonzero_share", "{:.2%}"),
-    ("H(P)", "entropy", "{:.2f}"),
+    ("bits/\nbyte", "bits_per_byte", "{:.3f}"),
+    ("perplexity\nper token", "perplexity", "{:,.2f}"),
+    ("bytes/\ntoken", "bytes_per_token", "{:.2f}"),
+    ("stage\nsteps", "stage_steps", "{:,}"),
+    ("total\nsteps", "total_steps", "{:,}"),
+    ("tokens\nseen", "tokens_seen", "{:,}"),
+    ("non-zeros\nper row of P", "nonzeros_per_row", "{:,.1f}"),
+    ("non-zeros\nper column", "nonzeros_per_column", "{:,.1f}"),
+    ("share of\nnon-zeros", "nonzero_share", "{:.2%}"),
+    ("H(P),\nnats", "entropy", "{:.2f}"),
 )
+PLAN_COLUMNS = 6  # from here on they describe P
 
 
-def _cells(row: Row) -> list[str]:
-    values = ((form, getattr(row, key)) for _, key, form in COLUMNS)
+def _cells(row: Row, columns: tuple = COLUMNS) -> list[str]:
+    values = ((form, getattr(row, key)) for _, key, form in columns)
     return ["" if value is None else form.format(value) for form, value in values]
 
 
 def markdown(rows: list[Row], best: Row | None) -> str:
     """The table as GitHub Markdown, the best use of the new tokenizer in bold."""
-    lines = ["| | run | " + " | ".join(title for title, _, _ in COLUMNS) + " |"]
+    titles = (title.replace("\n", " ").replace("/ ", "/") for title, _, _ in COLUMNS)
+    lines = ["| | run | " + " | ".join(titles) + " |"]
     lines.append("|---|---|" + "---:|" * len(COLUMNS))
     for row in rows:
         cells = [row.label, row.run or "", *_cells(row)]
@@ -193,17 +209,27 @@ def markdown(rows: list[Row], best: Row | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def terminal_table(rows: list[Row], best: Row | None) -> Table:
-    """The table for a terminal."""
-    table = Table(caption="* best use of the new tokenizer", caption_justify="left")
+def terminal_tables(rows: list[Row], best: Row | None) -> Group:
+    """The table for a terminal of 80 columns: the results, then the plans."""
+    results, plans = COLUMNS[:PLAN_COLUMNS], COLUMNS[PLAN_COLUMNS:]
+    learned = [row for row in rows if row.entropy is not None]
+    tables = [_terminal_table(rows, results, best)]
+    tables[0].caption = "* best use of the new tokenizer"
+    if learned:
+        tables.append(_terminal_table(learned, plans, best))
+    return Group(*tables)
+
+
+def _terminal_table(rows: list[Row], columns: tuple, best: Row | None) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption_justify="left")
     table.add_column("")
-    table.add_column("run")
-    for title, _, _ in COLUMNS:
-        table.add_column(title, justify="right")
+    for title, _, _ in columns:
+        table.add_column(title, justify="right", no_wrap=True)
+    labels = Counter(row.label for row in rows)
     for row in rows:
-        style = "bold green" if row is best else ""
-        label = Text(f"* {row.label}" if row is best else row.label)
-        table.add_row(label, Text(row.run or ""), *_cells(row), style=style)
+        shared = f" ({row.run})" if labels[row.label] > 1 else ""
+        label = Text(f"{'* ' if row is best else ''}{row.label}{shared}")
+        table.add_row(label, *_cells(row, columns), style="bold green" if row is best else "")
     return table
 
 

@@ -3,6 +3,7 @@
 Needs no display. Colours are Okabe and Ito's, which colour-blind readers can tell apart.
 """
 
+import itertools
 from pathlib import Path
 
 import matplotlib as mpl
@@ -28,19 +29,21 @@ STYLE = {
     "axes.axisbelow": True,
     "legend.frameon": False,
 }
-SMOOTHING_SHARE = 25  # a curve is averaged over 1/25 of its steps
+SMOOTHING_SHARE = 15  # a curve is averaged over 1/15 of its steps
+HIGHEST = 1.15  # of the worst baseline: curves that start above it are cut
 PLAN_TOKENS = 300  # sharpest source and target tokens shown
 BLOCKS = 12  # singular vectors that order them
 LEAST_MASS = 0.1  # of a uniform plan's entry: less is drawn grey
 
 
-def draw(path: Path, runs: list[FinishedRun], baselines: list[tuple[str, float]]) -> None:
+def draw(path: Path, runs: dict[str, FinishedRun], baselines: dict[str, float]) -> None:
     """Write the figure as PNG.
 
     Args:
-        baselines: label and bits per byte of horizontal lines.
+        runs: by the label that the legend gives them.
+        baselines: bits per byte of horizontal lines, by label.
     """
-    translation = first_translation(runs)
+    translation = first_translation(list(runs.values()))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(13 if translation else 8, 5.2), layout="constrained")
         FigureCanvasAgg(figure)
@@ -62,39 +65,48 @@ def first_translation(runs: list[FinishedRun]) -> Translation | None:
     return stages[0][0].translation_of(stages[0][1]) if stages else None
 
 
-def _draw_curves(axes: Axes, runs: list[FinishedRun], baselines: list[tuple[str, float]]) -> None:
-    floor = [bits for _, bits in baselines]
-    ceiling = list(floor)
-    for run, colour in zip(runs, _cycle(len(runs)), strict=True):
-        for index, _ in enumerate(run.recipe.stages):
-            start = run.first_step(index)
-            steps, bits = training_curve(run, index)
-            evaluated = run.evaluations(index)
-            points = [line["eval_bits_per_byte"] for line in evaluated.values()]
-            axes.plot(start + steps, bits, color=colour, alpha=0.18, linewidth=0.8)
-            axes.plot(start + steps, smooth(bits), color=colour, linewidth=1.8)
-            at = [start + step for step in evaluated]
-            axes.plot(at, points, "o", color=colour, markersize=6, markeredgecolor="white")
-            floor.append(min(points))
-            ceiling.append(points[0] if index else min(points[0], 1.15 * baselines[0][1]))
-            if index:
-                name, place = run.recipe.stages[index].name, ("data", "axes fraction")
-                axes.axvline(start, color=colour, linewidth=0.8, linestyle=":")
-                axes.annotate(f" {name}", (start, 1), xycoords=place, va="top", color=colour)
-        text = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "color": colour}
-        axes.annotate(f"{points[-1]:.3f}", (at[-1], points[-1]), weight="bold", **text)
-        axes.plot([], [], "o-", color=colour, label=run.name, markeredgecolor="white")
-    for label, bits in baselines:
+def _draw_curves(axes: Axes, runs: dict[str, FinishedRun], baselines: dict[str, float]) -> None:
+    floor, ceiling = list(baselines.values()), list(baselines.values())
+    for (label, run), colour in zip(runs.items(), itertools.cycle(COLOURS), strict=False):
+        points = _draw_run(axes, run, colour)
+        axes.plot([], [], "o-", color=colour, label=label, markeredgecolor="white")
+        floor.append(min(points))
+        ceiling.append(min(points[0], HIGHEST * max(baselines.values())))
+    for label, bits in baselines.items():
         axes.axhline(bits, color=GREY, linewidth=1, linestyle="--")
         place = {"xycoords": ("axes fraction", "data"), "va": "center"}
         axes.annotate(f" {label}\n {bits:.3f}", (1, bits), color=GREY, **place)
     axes.set_ylim(min(floor) - 0.08, max(ceiling) + 0.12)
-    axes.set_xlim(left=0)
+    axes.set_xlim(left=0, right=1.12 * axes.dataLim.xmax)
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("bits per byte")
     axes.set_title("Training loss (line: moving average) and validation (dots)")
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.legend(loc="upper right")
+
+
+def _draw_run(axes: Axes, run: FinishedRun, colour: str) -> list[float]:
+    """One run's stages on one axis of steps; returns its validation points."""
+    points = []
+    for index, stage in enumerate(run.recipe.stages):
+        start = run.first_step(index)
+        steps, bits = training_curve(run, index)
+        axes.plot(start + steps, bits, color=colour, alpha=0.18, linewidth=0.8)
+        axes.plot(start + steps, smooth(bits), color=colour, linewidth=1.8)
+        evaluated = run.evaluations(index)
+        values = [line["eval_bits_per_byte"] for line in evaluated.values()]
+        at = [start + step for step in evaluated]
+        axes.plot(at, values, "o", color=colour, markersize=6, markeredgecolor="white")
+        points += values
+        if index:
+            place = ("data", "axes fraction")
+            axes.axvline(start, color=colour, linewidth=0.8, linestyle=":")
+            axes.annotate(
+                f" {stage.name}", (start, 0.01), xycoords=place, va="bottom", color=colour
+            )
+    text = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "weight": "bold"}
+    axes.annotate(f"{points[-1]:.3f}", (at[-1], points[-1]), color=colour, **text)
+    return points
 
 
 def training_curve(run: FinishedRun, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -178,7 +190,3 @@ def _draw_histogram(axes: Axes, translation: Translation) -> None:
     axes.set_title(f"Non-zeros per target token: median {np.median(counts):,.0f} of {rows:,}")
     axes.set_xlabel("source tokens with mass, per target token")
     axes.set_ylabel("target tokens")
-
-
-def _cycle(count: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]

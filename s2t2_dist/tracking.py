@@ -84,15 +84,16 @@ class MLflowShipper:
         self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
         self._thread.start()
 
-    def close(self, status: str) -> None:
+    def close(self, status: str, seconds: float = CLOSE_SECONDS) -> None:
         """Ship what is left and end the MLflow run.
 
         Args:
             status: FINISHED, KILLED or FAILED.
+            seconds: how long a server may take before it is left alone.
         """
         self._status = status
         self._stop.set()
-        self._thread.join(CLOSE_SECONDS)
+        self._thread.join(seconds)
         if self._thread.is_alive():
             _log.warning("MLflow at %s did not answer; metrics are in %s", self.uri, self.run_dir)
 

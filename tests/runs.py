@@ -1,133 +1,119 @@
-"""Start real training runs from tests, kill them, and read what they leave."""
+"""Run directories in the format that the trainer leaves, made without training."""
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 
-import psutil
+import torch
 import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-ROOT = Path(__file__).parent.parent
-BIN = Path(sys.executable).parent
-CPU_SETTINGS = ROOT / "ds_configs" / "cpu.json"
-# Short stages with several checkpoints; rows of 32 tokens from the shared fixtures.
-STAGE = {"train_batch_size": 8, "per_device_train_batch_size": 4, "eval_steps": 8, "save_steps": 5}
+from s2t2_dist import artifacts, export
+from s2t2_dist.comm import LocalComm
+from s2t2_dist.config import Recipe, recipe_values
+from s2t2_dist.data import ShardReader, tokenizer_sha256
+from s2t2_dist.evaluate import Evaluation, evaluate
+from s2t2_dist.translate import fold_translation
+from s2t2_dist.translation import save_translation
+
+ROWS = 400
+BATCH = 8
+TRANSLATE = {"kind": "translate", "max_steps": 10, "train_batch_size": BATCH}
+FINETUNE = {"kind": "finetune", "max_steps": 5, "train_batch_size": BATCH}
 
 
-def write_recipe(folder: Path, base: Path, shards: Path, **changes) -> Path:
-    """A recipe of a translate and a finetune stage; `changes` replace its top-level keys."""
+def make_recipe(run_dir: Path, model: Path, data: Path, stages: list[dict]) -> Recipe:
     values = {
-        "output_dir": str(folder / "run"),
-        "model": {"model_name_or_path": str(base), "dtype": "bfloat16"},
-        "data": {"path": str(shards)},
-        "deepspeed": str(CPU_SETTINGS),
-        "stages": [
-            {"kind": "translate", "max_steps": 24, "learning_rate": 0.01, **STAGE},
-            {"kind": "finetune", "max_steps": 24, "learning_rate": 0.002, **STAGE},
-        ],
-        "tracking": {"enabled": False},
-        **changes,
+        "output_dir": run_dir,
+        "model": {"model_name_or_path": str(model), "dtype": "float32"},
+        "data": {"path": data},
+        "deepspeed": "ds_configs/cpu.json",
+        "stages": [{"per_device_train_batch_size": BATCH, **stage} for stage in stages],
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
+    return Recipe.model_validate(values)
 
 
-def command(recipe: Path, ranks: int, *overrides: str) -> list[str]:
-    """The command that trains: `s2t2 train` for 0 ranks, else the DeepSpeed launcher."""
-    if ranks == 0:
-        return [str(BIN / "s2t2"), "train", str(recipe), *overrides]
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    launcher = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(port)]
-    return [*launcher, "--module", "s2t2_dist.train", str(recipe), *overrides]
+def write_run(recipe: Recipe, lines: list[dict], state: str = "done", **more: object) -> Path:
+    """config.yaml, status.json and metrics.jsonl."""
+    run_dir = recipe.output_dir
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(recipe_values(recipe), sort_keys=False))
+    artifacts.write_json(run_dir / "status.json", {"state": state, **more})
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run_dir
 
 
-def environment() -> dict[str, str]:
-    """One thread per rank, gloo on the CPU, this interpreter's programs first."""
-    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    cpu = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path}
-    return {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")} | cpu
+def metrics_line(index: int, step: int, loss: float | None, evaluation: Evaluation | None) -> dict:
+    line = {"stage": f"stage{index}", "stage_index": index, "step": step, "time": 0.0}
+    if loss is not None:
+        line |= {"loss": loss, "learning_rate": 1e-3}
+    return line | (evaluation.metrics() if evaluation else {})
 
 
-def start(recipe: Path, ranks: int, *overrides: str) -> subprocess.Popen:
-    """Start a run in a session of its own, its output in `recipe`'s folder."""
-    with (recipe.parent / "output.txt").open("ab") as output:
-        return subprocess.Popen(
-            command(recipe, ranks, *overrides),
-            cwd=recipe.parent,
-            env=environment(),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+def random_plan(rows: int, columns: int, density: float = 0.3) -> torch.Tensor:
+    """A sparse plan of mass 1; columns 1 and 2 (padding and unknown) are equal."""
+    torch.manual_seed(3)
+    plan = torch.rand(rows, columns) * (torch.rand(rows, columns) < density)
+    plan[0] += 0.1
+    plan[:, 2] = plan[:, 1]
+    return plan / plan.sum()
 
 
-def train(recipe: Path, ranks: int, *overrides: str, timeout: float = 300) -> int:
-    """Run to the end; returns the exit code."""
-    process = start(recipe, ranks, *overrides)
-    try:
-        return process.wait(timeout)
-    finally:
-        kill(process)
+def record_of(recipe: Recipe, stage: int, evaluation: Evaluation) -> dict:
+    return {
+        "recipe": recipe_values(recipe),
+        "evaluation": asdict(evaluation),
+        "stage": recipe.stages[stage].name,
+        "s2t2_dist": "0.1.0",
+    }
 
 
-def output(recipe: Path) -> str:
-    """Everything that the runs of a recipe printed."""
-    return (recipe.parent / "output.txt").read_text(errors="replace")
+def write_plan(recipe: Recipe, plan: torch.Tensor, evaluation: Evaluation) -> Path:
+    """The run's translation/."""
+    rows, columns = plan.shape
+    model = Path(recipe.model.model_name_or_path)
+    metadata = ShardReader(recipe.data.path, "train").metadata
+    save_translation(
+        recipe.output_dir / "translation",
+        LocalComm(),
+        plan_rows=plan,
+        source_token_ids=torch.arange(rows),
+        source_marginal=torch.full((rows,), 1 / rows),
+        target_marginal=torch.full((columns,), 1 / columns),
+        source_tokenizer_sha256=tokenizer_sha256(model),
+        target_tokenizer_sha256=metadata["tokenizer_sha256"],
+        embed_scale="paper",
+        vocab_size=rows,
+        info=record_of(recipe, 0, evaluation),
+    )
+    return recipe.output_dir / "translation"
 
 
-def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
-    """The training processes below a launcher."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    return [c for c in children if any(arg.startswith("--local_rank") for arg in c.cmdline())]
+def evaluate_folder(model: Path, data: Path) -> Evaluation:
+    lm = AutoModelForCausalLM.from_pretrained(model).eval()
+    reader = ShardReader(data, "validation")
+    return evaluate(lambda ids: lm(ids).logits, reader, 64, torch.device("cpu"))
 
 
-def kill(process: subprocess.Popen) -> None:
-    """SIGKILL the launcher and everything below it."""
-    try:
-        family = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return
-    for child in family:
-        child.send_signal(signal.SIGKILL)
-    process.kill()
-    process.wait()
-    psutil.wait_procs(family)
-
-
-def wait_for_line(
-    run_dir: Path, stage: str, step: int, process: subprocess.Popen, timeout: float = 240
-) -> None:
-    """Return as soon as `metrics.jsonl` holds this step."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if any(line["stage"] == stage and line["step"] >= step for line in metrics(run_dir)):
-            return
-        assert process.poll() is None, f"the run ended before {stage} {step}"
-        time.sleep(0.005)
-    raise TimeoutError(f"{stage} {step} not reached in {timeout} s")
-
-
-def metrics(run_dir: Path) -> list[dict]:
-    """The complete lines of `metrics.jsonl`."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
-
-
-def losses(run_dir: Path) -> list[tuple]:
-    """Everything in `metrics.jsonl` that must not depend on when a run was stopped."""
-    kept = ("stage", "step", "loss", "eval_loss", "grad_norm", "learning_rate", "entropy")
-    return [tuple(line.get(key) for key in kept) for line in metrics(run_dir)]
-
-
-def status(run_dir: Path) -> dict:
-    return json.loads((run_dir / "status.json").read_text())
+def make_exportable_run(run_dir: Path, model: Path, data: Path, finetuned: bool) -> Path:
+    """A run that can be exported: its plan, and its model/ if it goes on to finetune."""
+    recipe = make_recipe(run_dir, model, data, [TRANSLATE, FINETUNE][: 1 + finetuned])
+    write_run(recipe, [])
+    metadata = ShardReader(data, "train").metadata
+    plan = random_plan(ROWS, metadata["vocab_size"])
+    translation = write_plan(recipe, plan, Evaluation(1.0, 1, 1))
+    folded = run_dir / "folded"
+    folded.mkdir()
+    fold_translation(translation, model, folded, metadata)
+    evaluation = evaluate_folder(folded, data)
+    if finetuned:
+        weights = load_file(folded / "model.safetensors")
+        ids = export.special_ids(metadata)
+        record = record_of(recipe, 1, evaluation)
+        export.write_model(run_dir / "model", weights, folded, data, ids, record)
+    else:
+        shutil.rmtree(translation)
+        write_plan(recipe, plan, evaluation)
+    return run_dir

@@ -90,7 +90,7 @@ def test_a_missing_recipe_is_named():
 
 
 def test_pretraining_needs_a_config_and_the_other_stages_a_model(write):
-    with pytest.raises(ConfigError, match="pretrain starts from model.config"):
+    with pytest.raises(ConfigError, match=r"pretrain starts from model\.config"):
         load_recipe(write({**MINIMAL, "stages": [{"kind": "pretrain", "max_steps": 1}]}))
     with pytest.raises(ConfigError, match="model_name_or_path, or config"):
         load_recipe(write({**MINIMAL, "model": {}}))

@@ -1,5 +1,7 @@
 """The learning rate against the paper's description."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -11,8 +13,8 @@ def test_warms_up_over_a_fifth_and_decays_to_a_tenth():
     assert rates[0] == pytest.approx(1e-3 / 400)
     assert max(rates) == rates[399] == 1e-3
     assert rates[-1] == pytest.approx(1e-4)
-    assert all(a < b for a, b in zip(rates[:399], rates[1:400], strict=True))
-    assert all(a > b for a, b in zip(rates[399:-1], rates[400:], strict=True))
+    assert all(a < b for a, b in itertools.pairwise(rates[:400]))
+    assert all(a > b for a, b in itertools.pairwise(rates[399:]))
 
 
 def test_the_cosine_is_torchs():

@@ -7,14 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-import yaml
 from mlflow import MlflowClient
 
 from tests import runs
+from tests.conftest import make_source_model
 
 pytestmark = pytest.mark.slow
 
@@ -307,8 +306,6 @@ def test_a_translation_serves_another_model(
     uninterrupted, source_tokenizer, protein_data, tmp_path
 ):
     """Transfer: P learned on one model folded into another with the same source tokenizer."""
-    from tests.conftest import make_source_model
-
     other = make_source_model(tmp_path / "other", source_tokenizer, tied=False)
     stage = {"kind": "finetune", "translation": str(uninterrupted / "translation"), "max_steps": 2}
     recipe = runs.write_recipe(
@@ -316,11 +313,12 @@ def test_a_translation_serves_another_model(
         other,
         protein_data,
         stages=[{**stage, **runs.STAGE}],
-        model={"model_name_or_path": str(other), "dtype": "float32", "gradient_checkpointing": True},
+        model={
+            "model_name_or_path": str(other),
+            "dtype": "float32",
+            "gradient_checkpointing": True,
+        },
     )
-    began = time.time()
     assert runs.train(recipe, 0) == 0, runs.output(recipe)
-    assert yaml.safe_load((tmp_path / "transfer/run/config.yaml").read_text())["stages"]
-    assert runs.status(tmp_path / "transfer" / "run")["time"] >= began
     lines = runs.metrics(tmp_path / "transfer" / "run")
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"]

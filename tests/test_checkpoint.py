@@ -1,0 +1,111 @@
+"""Checkpoints: whole or not there, verified, the newest position first, old ones removed."""
+
+import shutil
+
+import pytest
+
+from s2t2_dist import artifacts, checkpoint
+from s2t2_dist.comm import LocalComm
+from s2t2_dist.errors import ArtifactError, S2T2Error
+from tests.distributed import run_ranks
+
+
+def position(stage_index: int, stage: str, step: int) -> checkpoint.Position:
+    return checkpoint.Position(stage_index, stage, step, world_size=1, metrics_bytes=7)
+
+
+def save(run_dir, where, text="state", keep=9):
+    checkpoint.save(
+        run_dir, where, lambda d: (d / "state").write_text(text) and None, LocalComm(), keep
+    )
+
+
+def test_the_newest_position_is_found_across_stages(tmp_path):
+    # Written out of order, and with names that sort the other way.
+    for where in (position(1, "finetune", 3), position(0, "translate", 9), position(1, "a", 0)):
+        save(tmp_path, where)
+    path, found = checkpoint.find(tmp_path, LocalComm())
+    assert path.name == "finetune-000003"
+    assert found == position(1, "finetune", 3)
+
+
+def test_nothing_to_find(tmp_path):
+    assert checkpoint.find(tmp_path, LocalComm()) is None
+
+
+def test_one_without_complete_is_not_a_checkpoint(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, position(0, "translate", step))
+    (tmp_path / "checkpoints/translate-000002/COMPLETE").unlink()
+    assert checkpoint.find(tmp_path, LocalComm())[1].step == 1
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])
+def test_a_damaged_one_is_passed_over_for_the_one_before(tmp_path, damage, caplog):
+    for step in (1, 2):
+        save(tmp_path, position(0, "translate", step))
+    newest = tmp_path / "checkpoints/translate-000002"
+    state = newest / "state"
+    if damage == "flip":
+        state.write_text("stAte")
+    elif damage == "cut":
+        state.write_text("sta")
+    elif damage == "remove":
+        state.unlink()
+    else:
+        manifest = newest / artifacts.MANIFEST
+        manifest.write_text(manifest.read_text().replace('"step": 2', '"step": 3'))
+    with caplog.at_level("WARNING"):
+        assert checkpoint.find(tmp_path, LocalComm())[1].step == 1
+    assert "translate-000002" in caplog.text
+
+
+def test_asking_for_a_damaged_one_by_name_is_refused(tmp_path):
+    save(tmp_path, position(0, "translate", 1))
+    path = tmp_path / "checkpoints/translate-000001"
+    (path / "state").write_text("other")
+    with pytest.raises(ArtifactError, match="translate-000001/state was altered"):
+        checkpoint.load(path)
+
+
+def test_old_ones_are_removed_only_after_the_new_one_is_there(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, position(0, "translate", step), keep=2)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["translate-000002", "translate-000003"]
+
+
+def test_a_failed_save_leaves_the_ones_before_and_one_clear_line(tmp_path):
+    save(tmp_path, position(0, "translate", 1), keep=1)
+
+    def disk_full(directory):
+        (directory / "half").write_text("half")
+        raise RuntimeError("[enforce fail] unexpected pos 64 vs 0")
+
+    with pytest.raises(S2T2Error, match=r"translate-000002 could not be written .*MiB free"):
+        checkpoint.save(tmp_path, position(0, "translate", 2), disk_full, LocalComm(), 1)
+    assert checkpoint.find(tmp_path, LocalComm())[1].step == 1
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["translate-000001"]
+
+
+def test_the_same_position_can_be_saved_again(tmp_path):
+    save(tmp_path, position(0, "translate", 1), "first")
+    save(tmp_path, position(0, "translate", 1), "second")
+    path, _ = checkpoint.find(tmp_path, LocalComm())
+    assert (path / "state").read_text() == "second"
+
+
+def _save_on_ranks(comm, run_dir):
+    where = checkpoint.Position(0, "translate", 4, comm.size, 0)
+    checkpoint.save(
+        run_dir, where, lambda d: (d / f"rank-{comm.rank}").write_text("x") and None, comm, 2
+    )
+    return checkpoint.find(run_dir, comm)
+
+
+def test_every_ranks_files_are_in_the_manifest(tmp_path):
+    found = run_ranks(_save_on_ranks, 2, tmp_path, tmp_path / "run")
+    assert found[0] == found[1]
+    path = found[0][0]
+    assert artifacts.verify(path)["files"].keys() == {"rank-0", "rank-1"}
+    shutil.rmtree(path)
