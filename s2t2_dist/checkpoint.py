@@ -71,12 +71,14 @@ def save(
     comm.barrier()
 
 
-def load(path: Path) -> tuple[Path, Position]:
-    """Check every file of a checkpoint.
+def load(run_dir: Path, path: Path) -> tuple[Path, Position]:
+    """Check every file of a checkpoint of this run.
 
     Raises:
-        ArtifactError: incomplete or altered.
+        ArtifactError: of another run, incomplete or altered.
     """
+    if path.resolve().parent != (run_dir / "checkpoints").resolve():
+        raise ArtifactError(f"{path} is no checkpoint of {run_dir}; name one in its checkpoints/")
     manifest = artifacts.verify(path)
     return path, Position(**{key: manifest[key] for key in Position.__dataclass_fields__})
 
@@ -91,7 +93,7 @@ def find(run_dir: Path, comm: LocalComm) -> tuple[Path, Position] | None:
         _clear_temporary(run_dir / "checkpoints")
         for path in list_checkpoints(run_dir):
             try:
-                found = load(path)
+                found = load(run_dir, path)
                 break
             except ArtifactError as error:
                 _log.warning("checkpoint passed over: %s", error)

@@ -37,7 +37,7 @@ class StageRunner(Protocol):
 
     def train_step(
         self, batches: list[Batch], predicted: int, learning_rate: float
-    ) -> dict[str, float]:
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         """One optimizer step.
 
         Args:
@@ -45,7 +45,8 @@ class StageRunner(Protocol):
             predicted: predicted tokens of the whole step, over all ranks.
 
         Returns:
-            `nats` (summed over this rank's tokens) and metrics that are the same on every rank.
+            nats summed over this rank's tokens (a float64 scalar on the device), and metrics that
+            are the same on every rank.
         """
 
     def evaluation_mode(self, on: bool) -> None: ...

@@ -113,14 +113,14 @@ class WeightStage:
 
     def train_step(
         self, batches: list[Batch], predicted: int, learning_rate: float
-    ) -> dict[str, float]:
-        nats = 0.0
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        nats = torch.zeros((), dtype=torch.float64, device=self.context.device)
         for batch in batches:
             logits = self.logits(batch.input_ids.to(self.context.device))
             loss = sum_of_nats(logits, batch.labels.to(self.context.device))
             self.lm.backward(loss / predicted)
-            nats += float(loss.detach())
-        return {"nats": nats, "grad_norm": self.lm.step(learning_rate)}
+            nats += loss.detach()
+        return nats, {"grad_norm": self.lm.step(learning_rate)}
 
     def save(self, directory: Path) -> None:
         self.lm.save(directory)

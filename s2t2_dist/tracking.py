@@ -47,8 +47,8 @@ class MetricsFile:
 
     def truncate(self, length: int) -> None:
         """Forget the lines after a checkpoint: the resumed run writes them again."""
-        self._file.truncate(length)
-        self._file.seek(length)
+        self._file.truncate(min(length, self._file.seek(0, os.SEEK_END)))
+        self._file.seek(0, os.SEEK_END)
 
     def close(self) -> None:
         self._file.close()

@@ -5,6 +5,7 @@ the random state of a step are pure functions of (seed, stage, step), so a check
 weights, moments and a position.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -40,19 +41,22 @@ from s2t2_dist.tracking import MetricsFile, MLflowShipper, flatten
 EXIT_DONE = 0
 EXIT_PREEMPTED = 3
 STATUS = "status.json"
+CONFIG = "config.yaml"
 T = TypeVar("T")
 
 
 class _StopRequest:
-    """Set by SIGTERM or SIGINT; the handler does nothing else."""
+    """Set by SIGTERM, SIGUSR1 or SIGINT; a second SIGINT ends the process at once."""
 
     def __init__(self) -> None:
         self.asked = False
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._handle)
 
-    def _handle(self, *_: object) -> None:
+    def _handle(self, number: int, _: object) -> None:
         self.asked = True
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class PreemptedError(Exception):
@@ -75,7 +79,8 @@ def run(recipe: Recipe, resume: str = "auto") -> int:
     device = engine.init_distributed()
     world = comm.world_comm()
     context = agree(world, lambda: _open_inputs(recipe, world, device))
-    agree(world, lambda: _make_or_match(context, resume))
+    agree(world, lambda: _check_run_directory(context, resume))
+    agree(world, lambda: _make_run_directory(context))
     if world.broadcast_object(read_state(context.run_dir) == "done"):
         if world.rank == 0:
             print(f"{context.run_dir} is done; nothing to do")
@@ -87,12 +92,17 @@ def run(recipe: Recipe, resume: str = "auto") -> int:
 
 
 def agree(world: comm.LocalComm, check: Callable[[], T]) -> T:
-    """Run a check on every rank; where it fails on any, every rank raises the same error."""
+    """Run a check on every rank; where it fails on any, every rank raises the same error.
+
+    The check itself must hold no collective.
+    """
     result, problem = None, None
     try:
         result = check()
     except S2T2Error as error:
         problem = error
+    except OSError as error:
+        problem = artifacts.disk_error(error, "starting the run") or S2T2Error(str(error))
     problems = world.gather_objects(problem)
     failed = [rank for rank, found in enumerate(problems) if found]
     if failed:
@@ -144,7 +154,7 @@ class Trainer:
         if resume in ("auto", "never"):
             found = checkpoint.find(self.run_dir, self.comm)
         else:
-            found = agree(self.comm, lambda: checkpoint.load(Path(resume)))
+            found = agree(self.comm, lambda: checkpoint.load(self.run_dir, Path(resume)))
         self.resume_dir, self.position = found or (None, None)
         self.metrics: MetricsFile | None = None
         self.mlflow: MLflowShipper | None = None
@@ -167,8 +177,9 @@ class Trainer:
             self._write_status("preempted")
             return EXIT_PREEMPTED
         except BaseException as error:
-            self._write_status("failed", reason=f"{type(error).__name__}: {error}")
-            self._close("FAILED")
+            with contextlib.suppress(OSError):  # a full disk must not hide what happened
+                self._write_status("failed", reason=f"{type(error).__name__}: {error}")
+                self._close("FAILED")
             raise
         self._close("FINISHED")
         self._write_status("done", **evaluation.metrics())
@@ -226,8 +237,7 @@ class Trainer:
         rate = learning_rate(
             step, stage.max_steps, stage.learning_rate, stage.warmup_ratio, stage.min_lr_ratio
         )
-        values = runner.train_step(batches, predicted, rate)
-        nats = torch.tensor([values.pop("nats")], dtype=torch.float64, device=self.context.device)
+        nats, values = runner.train_step(batches, predicted, rate)
         loss = float(self.comm.sum_(nats)) / predicted
         seconds = time.perf_counter() - started
         tokens = stage.train_batch_size * self.context.train.context
@@ -282,34 +292,40 @@ def seed_step(seed: int, stage_index: int, step: int, rank: int) -> None:
     torch.manual_seed(int(words[0]) << 32 | int(words[1]))
 
 
-def _make_or_match(context: Context, resume: str) -> None:
-    """Make the run directory, or check that the one that is there belongs to this recipe.
+def _check_run_directory(context: Context, resume: str) -> None:
+    """Check that the run directory is new or belongs to this recipe.
 
     Raises:
-        ConfigError: it is there with another recipe (names the keys), or resume is `never`.
+        ConfigError: it is there with another recipe (names the keys), or does not fit `resume`.
         ArtifactError: something else is there.
     """
-    run_dir, values = context.run_dir, recipe_values(context.recipe)
-    config = run_dir / "config.yaml"
-    if config.exists():
-        if resume == "never":
-            raise ConfigError(f"{run_dir} holds a run and --resume is never; choose another one")
-        old = yaml.safe_load(config.read_text(encoding="utf-8"))
-        changes = changed_keys({**old, "output_dir": None}, {**values, "output_dir": None})
-        if changes:
-            raise ConfigError(
-                f"{run_dir} was started with another recipe ({'; '.join(changes)}); "
-                "undo the change or choose another output_dir"
+    run_dir = context.run_dir
+    config = run_dir / CONFIG
+    if not config.exists():
+        if run_dir.exists() and any(run_dir.iterdir()):
+            raise ArtifactError(
+                f"{run_dir} exists and is no run directory (no {CONFIG} in it); choose another "
+                "output_dir or remove it yourself"
             )
+        if resume not in ("auto", "never"):
+            raise ConfigError(f"--resume {resume}: {run_dir} holds no run to resume")
         return
-    if run_dir.exists() and any(run_dir.iterdir()):
-        raise ArtifactError(
-            f"{run_dir} exists and is no run directory (no config.yaml in it); choose another "
-            "output_dir or remove it yourself"
+    if resume == "never":
+        raise ConfigError(f"{run_dir} holds a run and --resume is never; choose another output_dir")
+    old = yaml.safe_load(config.read_text(encoding="utf-8"))
+    new = recipe_values(context.recipe)
+    changes = changed_keys({**old, "output_dir": None}, {**new, "output_dir": None})
+    if changes:
+        raise ConfigError(
+            f"{run_dir} was started with another recipe ({'; '.join(changes)}); "
+            "undo the change or choose another output_dir"
         )
-    if resume not in ("auto", "never"):
-        raise ConfigError(f"--resume {resume}: {run_dir} holds no run to resume")
-    context.comm.barrier()  # every rank has looked before rank 0 writes
-    if context.comm.rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
+
+
+def _make_run_directory(context: Context) -> None:
+    """On rank 0, make a new run directory with its resolved recipe."""
+    config = context.run_dir / CONFIG
+    if context.comm.rank == 0 and not config.exists():
+        context.run_dir.mkdir(parents=True, exist_ok=True)
+        values = recipe_values(context.recipe)
         artifacts.write_text(config, yaml.safe_dump(values, sort_keys=False))

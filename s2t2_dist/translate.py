@@ -90,16 +90,16 @@ class TranslateStage:
 
     def train_step(
         self, batches: list[Batch], predicted: int, learning_rate: float
-    ) -> dict[str, float]:
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         clock = _Clock(self.context.device)
         self.translated = self.translator.translate()
         clock.lap("translator")
-        nats = 0.0
+        nats = torch.zeros((), dtype=torch.float64, device=self.context.device)
         for batch in batches:
             logits = self.logits(batch.input_ids.to(self.context.device))
             loss = sum_of_nats(logits, batch.labels.to(self.context.device))
             (loss / predicted).backward()
-            nats += float(loss.detach())
+            nats += loss.detach()
         clock.lap("lm")
         self.translator.backward(self.translated, self.stage.entropy_weight)
         grad_norm = self.translator.clip_grad_norm(self.stage.max_grad_norm)
@@ -109,8 +109,7 @@ class TranslateStage:
         self.optimizer.zero_grad()
         self.translated = None
         clock.lap("translator")
-        return {
-            "nats": nats,
+        return nats, {
             "grad_norm": grad_norm,
             "translator_seconds": clock.seconds["translator"],
             "lm_seconds": clock.seconds["lm"],

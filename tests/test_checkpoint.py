@@ -65,7 +65,13 @@ def test_asking_for_a_damaged_one_by_name_is_refused(tmp_path):
     path = tmp_path / "checkpoints/translate-000001"
     (path / "state").write_text("other")
     with pytest.raises(ArtifactError, match="translate-000001/state was altered"):
-        checkpoint.load(path)
+        checkpoint.load(tmp_path, path)
+
+
+def test_one_of_another_run_is_refused(tmp_path):
+    save(tmp_path / "other", position(0, "translate", 1))
+    with pytest.raises(ArtifactError, match="is no checkpoint of"):
+        checkpoint.load(tmp_path / "run", tmp_path / "other/checkpoints/translate-000001")
 
 
 def test_old_ones_are_removed_only_after_the_new_one_is_there(tmp_path):

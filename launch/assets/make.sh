@@ -23,7 +23,7 @@ if [[ ! -f $WORK/english.jsonl.gz ]]; then
     --out "$WORK/new.jsonl.gz" --sources $ASSETS/english-sources.json
   mv "$WORK/new.jsonl.gz" "$WORK/english.jsonl.gz"
 fi
-s2t2 tokenizer train "$WORK/english.jsonl.gz" --vocab-size 4096 --out "$WORK/tokenizer"
+s2t2 tokenizer train "$WORK/english.jsonl.gz" --vocab-size 4096 --sample 60000000 --out "$WORK/tokenizer"
 s2t2 data build "$WORK/english.jsonl.gz" \
   --tokenizer "$WORK/tokenizer" --context 256 --out "$WORK/english"
 
@@ -33,5 +33,7 @@ for name in tiny small; do
     "output_dir=$run" "data.path=$WORK/english"
   grep -q '"state": "done"' "$run/status.json" || fail "$run did not finish; run this again"
   mkdir -p $ASSETS/$name
-  cp "$run"/model/* $ASSETS/$name/
+  cp "$run"/model/{config,generation_config,tokenizer,tokenizer_config}.json \
+    "$run/model/model.safetensors" $ASSETS/$name/
+  python $ASSETS/write_card.py "$run" --data "$WORK/english" --out $ASSETS/$name/README.md
 done

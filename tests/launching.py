@@ -1,0 +1,133 @@
+"""Start real training runs from tests, kill them, and read what they leave."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import yaml
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+CPU_SETTINGS = ROOT / "ds_configs" / "cpu.json"
+# Short stages with several checkpoints; rows of 32 tokens from the shared fixtures.
+STAGE = {"train_batch_size": 8, "per_device_train_batch_size": 4, "eval_steps": 8, "save_steps": 5}
+
+
+def write_recipe(folder: Path, base: Path, shards: Path, **changes) -> Path:
+    """A recipe of a translate and a finetune stage; `changes` replace its top-level keys."""
+    values = {
+        "output_dir": str(folder / "run"),
+        "model": {"model_name_or_path": str(base), "dtype": "bfloat16"},
+        "data": {"path": str(shards)},
+        "deepspeed": str(CPU_SETTINGS),
+        "stages": [
+            {"kind": "translate", "max_steps": 24, "learning_rate": 0.01, **STAGE},
+            {"kind": "finetune", "max_steps": 24, "learning_rate": 0.002, **STAGE},
+        ],
+        "tracking": {"enabled": False},
+        **changes,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def command(recipe: Path, ranks: int, *overrides: str) -> list[str]:
+    """The command that trains: `s2t2 train` for 0 ranks, else the DeepSpeed launcher."""
+    if ranks == 0:
+        return [str(BIN / "s2t2"), "train", str(recipe), *overrides]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    launcher = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(port)]
+    return [*launcher, "--module", "s2t2_dist.train", str(recipe), *overrides]
+
+
+def environment() -> dict[str, str]:
+    """One thread per rank, gloo on the CPU, this interpreter's programs first."""
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    cpu = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path}
+    return {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")} | cpu
+
+
+def start(recipe: Path, ranks: int, *overrides: str) -> subprocess.Popen:
+    """Start a run in a session of its own, its output in `recipe`'s folder."""
+    with (recipe.parent / "output.txt").open("ab") as output:
+        return subprocess.Popen(
+            command(recipe, ranks, *overrides),
+            cwd=recipe.parent,
+            env=environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def train(recipe: Path, ranks: int, *overrides: str, timeout: float = 300) -> int:
+    """Run to the end; returns the exit code."""
+    process = start(recipe, ranks, *overrides)
+    try:
+        return process.wait(timeout)
+    finally:
+        kill(process)
+
+
+def output(recipe: Path) -> str:
+    """Everything that the runs of a recipe printed."""
+    return (recipe.parent / "output.txt").read_text(errors="replace")
+
+
+def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """The training processes below a launcher."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [c for c in children if any(arg.startswith("--local_rank") for arg in c.cmdline())]
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL the launcher and everything below it."""
+    try:
+        family = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return
+    for child in family:
+        child.send_signal(signal.SIGKILL)
+    process.kill()
+    process.wait()
+    psutil.wait_procs(family)
+
+
+def wait_for_line(
+    run_dir: Path, stage: str, step: int, process: subprocess.Popen, timeout: float = 240
+) -> None:
+    """Return as soon as `metrics.jsonl` holds this step."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if any(line["stage"] == stage and line["step"] >= step for line in metrics(run_dir)):
+            return
+        assert process.poll() is None, f"the run ended before {stage} {step}"
+        time.sleep(0.005)
+    raise TimeoutError(f"{stage} {step} not reached in {timeout} s")
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """The complete lines of `metrics.jsonl`."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def losses(run_dir: Path) -> list[tuple]:
+    """Everything in `metrics.jsonl` that must not depend on when a run was stopped."""
+    kept = ("stage", "step", "loss", "eval_loss", "grad_norm", "learning_rate", "entropy")
+    return [tuple(line.get(key) for key in kept) for line in metrics(run_dir)]
+
+
+def status(run_dir: Path) -> dict:
+    return json.loads((run_dir / "status.json").read_text())
