@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job on the protein sample with the model `tiny`, on two processes: a tokenizer, shards,
-# translation and finetuning, the two other ways to finetune, the export and the comparison.
+# translation and finetuning, three other ways to finetune, the export and the comparison.
 # Run again, it goes on where it was stopped and repeats nothing that is finished.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -23,10 +23,18 @@ step() {
 # status file that the run leaves has to agree.
 train() {
   local recipe=launch/recipes/$1.yaml port
+  if is_done "$1"; then
+    echo "runs/$1 is done"
+    return
+  fi
   port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-  deepspeed --num_gpus 2 --master_port "$port" --module s2t2_dist.train "$recipe"
-  grep -q '"state": "done"' "runs/$1/status.json" ||
+  deepspeed --num_gpus 2 --master_port "$port" --log_level error --module s2t2_dist.train "$recipe"
+  is_done "$1" ||
     fail "runs/$1 did not finish; see runs/$1/status.json, and run this script again to go on"
+}
+
+is_done() {
+  grep -qs '"state": "done"' "runs/$1/status.json"
 }
 
 main() {
@@ -41,12 +49,13 @@ main() {
     --validation-fraction 0.05 --out "$DATA/proteins-characters"
   step "translate, then finetune (S2T2)" train quickstart
   step "finetune with the new tokenizer, truncated embeddings" train quickstart-truncated
+  step "the same, with as many steps as S2T2 has in all" train quickstart-truncated-long
   step "finetune with the source tokenizer" train quickstart-source
   if [[ ! -f runs/quickstart-hf/config.json ]]; then
     step "export" s2t2 export runs/quickstart --out runs/quickstart-hf
   fi
   step "comparison" s2t2 compare runs/quickstart runs/quickstart-truncated \
-    runs/quickstart-source --out runs/quickstart-report
+    runs/quickstart-truncated-long runs/quickstart-source --out runs/quickstart-report
   cat <<END
 
 Finished in $((SECONDS - begin)) s.

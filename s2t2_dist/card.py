@@ -2,14 +2,9 @@
 
 from pathlib import Path
 
-from s2t2_dist.config import Recipe
+from s2t2_dist.config import METHODS, Recipe
 from s2t2_dist.evaluate import Evaluation
 
-_METHODS = {
-    "dykstra": "sparse Sinkhorn (S2T2)",
-    "dense": "entropic Sinkhorn (dense P)",
-    "plain": "no constraint (plain P)",
-}
 _STARTS = {
     "translation": "from the translated vocabulary",
     "truncate": "from the first rows of the source vocabulary",
@@ -109,7 +104,7 @@ def _stages(recipe: Recipe, context: int) -> str:
     lines = ["| stage | what | steps | tokens | peak learning rate |", "|---|---|---|---|---|"]
     for stage in recipe.stages:
         if stage.kind == "translate":
-            what = f"transport plan, {_METHODS[stage.method]}; language model frozen"
+            what = f"transport plan, {METHODS[stage.method]}; language model frozen"
         elif stage.kind == "finetune":
             what = f"every weight, {_STARTS[stage.init]}"
         else:

@@ -4,8 +4,21 @@ The solvers and the trainer call a `Comm`; with one process it does nothing, so 
 path for one rank and for many.
 """
 
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
+
+from s2t2_dist.artifacts import disk_error
+from s2t2_dist.errors import S2T2Error
+
+# How long a collective may wait for the slowest rank: rank 0 may be folding a large model.
+TIMEOUT = timedelta(minutes=30)
+
+T = TypeVar("T")
 
 
 class LocalComm:
@@ -43,7 +56,7 @@ class GroupComm(LocalComm):
     """
 
     def __init__(self, own_group: bool = False):
-        self.group = dist.new_group() if own_group else dist.group.WORLD
+        self.group = dist.new_group(timeout=TIMEOUT) if own_group else dist.group.WORLD
         self.rank = dist.get_rank(self.group)
         self.size = dist.get_world_size(self.group)
 
@@ -72,6 +85,38 @@ class GroupComm(LocalComm):
 def world_comm(own_group: bool = False) -> LocalComm:
     """The `Comm` over every rank of the job; a `LocalComm` where no group was initialised."""
     return GroupComm(own_group) if dist.is_initialized() else LocalComm()
+
+
+def agree(comm: LocalComm, step: Callable[[], T], doing: str) -> T:
+    """Run a step that may fail on some ranks only; returns this rank's result. A collective.
+
+    The step must reach every collective that it holds even where it fails: best, it holds none.
+
+    Args:
+        doing: what the step does, for the message of a full disk: "saving X".
+
+    Raises:
+        S2T2Error: the same on every rank, where the step failed on any with an error of ours, of
+            the file system or of safetensors. Names the first rank that failed, unless all did.
+    """
+    result, problem = None, None
+    try:
+        result = step()
+    except S2T2Error as error:
+        problem = error
+    except OSError as error:
+        problem = disk_error(error, doing) or S2T2Error(f"{doing}: {error}")
+    except SafetensorError as error:
+        problem = S2T2Error(f"{doing}: {error}")
+    problems = comm.gather_objects(problem)
+    failed = [rank for rank, found in enumerate(problems) if found is not None]
+    if failed:
+        first = problems[failed[0]]
+        where = "" if len(failed) == comm.size else f"rank {failed[0]}: "
+        shared = type(first)(f"{where}{first}")
+        shared.everywhere = True
+        raise shared from problem
+    return result
 
 
 def destroy() -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from s2t2_dist import artifacts
-from s2t2_dist.config import Finetune, Pretrain, Stage, Translate
+from s2t2_dist.config import METHODS, Finetune, Pretrain, Stage, Translate
 from s2t2_dist.errors import ArtifactError
 from s2t2_dist.figure import draw
 from s2t2_dist.finished import FinishedRun, read_runs, uniform_bits, unigram_bits
@@ -23,7 +23,6 @@ from s2t2_dist.translation_report import summarize
 
 TABLE_JSON, TABLE_MD, FIGURE = "table.json", "table.md", "figure.png"
 KIND = "comparison"
-METHODS = {"dykstra": "S2T2", "dense": "Sinkhorn P (dense)", "plain": "Plain P"}
 NOTES = (
     "Every line is evaluated on the whole validation split; a row's first token is not predicted.",
     "Unigram: byte frequencies of the train split, plus one for each of the 256 values.",

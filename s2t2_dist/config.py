@@ -16,10 +16,15 @@ from s2t2_dist.errors import ConfigError
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+# What the ways to learn P are called in tables and on model cards.
+METHODS = {"dykstra": "S2T2", "dense": "Sinkhorn P (dense)", "plain": "Plain P"}
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class ModelConfig(_Strict):
@@ -72,21 +77,25 @@ class TrackingConfig(_Strict):
 class Stage(_Strict):
     """What every stage has. Defaults are the paper's (section 3, training details)."""
 
-    name: str = Field("", description="names the checkpoints and metrics; default: the kind")
+    name: str = Field(
+        "",
+        pattern=r"^[A-Za-z0-9_-]+$",
+        description="names the checkpoint folders and metrics; default: the kind",
+    )
     max_steps: Annotated[int, Field(ge=0)] = Field(description="optimizer steps")
     train_batch_size: Positive = Field(
         16, description="rows per optimizer step over all ranks; the same at any world size"
     )
     per_device_train_batch_size: Positive = Field(
-        16, description="rows per forward pass and rank; accumulation follows from the two"
+        16, description="most rows of a rank's forward pass; accumulation follows from the two"
     )
     per_device_eval_batch_size: Positive = Field(16, description="rows per evaluation pass")
     learning_rate: NotNegative = Field(description="peak learning rate")
     weight_decay: NotNegative = 0.0
     warmup_ratio: Fraction = Field(0.2, description="share of max_steps with a rising rate")
     min_lr_ratio: Fraction = Field(0.1, description="final rate as a share of the peak")
-    adam_beta1: Fraction = 0.9
-    adam_beta2: Fraction = 0.95
+    adam_beta1: Beta = 0.9
+    adam_beta2: Beta = 0.95
     adam_epsilon: NotNegative = 1e-5
     max_grad_norm: NotNegative = Field(1.0, description="global norm; 0 switches clipping off")
     eval_steps: Positive | None = Field(
@@ -156,7 +165,9 @@ class Recipe(_Strict):
     """One run: a model, its data and the stages it goes through."""
 
     output_dir: Path = Field(description="the run directory; resumed when it exists and agrees")
-    seed: int = Field(17, description="data order and initial weights")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        17, description="data order and initial weights"
+    )
     model: ModelConfig
     data: DataConfig
     deepspeed: Path = Field(description="DeepSpeed JSON, see ds_configs/README.md")
@@ -173,6 +184,11 @@ class Recipe(_Strict):
         for stage in self.stages:
             if not isinstance(stage, Translate) and stage is not self.stages[-1]:
                 raise ValueError(f"stage {stage.name} trains every weight, so it must be the last")
+            if isinstance(stage, Translate) and translated:
+                raise ValueError(
+                    f"stage {stage.name} is a second translate stage, but a run learns one plan: "
+                    "give each a run of its own"
+                )
             if isinstance(stage, Pretrain) != (self.model.config is not None):
                 raise ValueError(
                     f"stage {stage.name}: pretrain starts from model.config, "
@@ -196,6 +212,9 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"recipe {path} does not exist") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"recipe {path} cannot be read ({reason}); give a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -255,7 +274,9 @@ def _apply_override(values: dict, override: str) -> None:
 
 
 def _list_item(items: list, part: str, path: str) -> Any:
-    names = [item.get("name") or item.get("kind") for item in items]
+    names = [
+        item.get("name") or item.get("kind") if isinstance(item, dict) else item for item in items
+    ]
     if part in names:
         return items[names.index(part)]
     if part.isdecimal() and int(part) < len(items):

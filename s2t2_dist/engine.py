@@ -10,7 +10,6 @@ import logging
 import os
 import socket
 import warnings
-from datetime import timedelta
 from pathlib import Path
 
 import deepspeed
@@ -18,6 +17,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers.utils.logging import disable_progress_bar
 
+from s2t2_dist.comm import TIMEOUT
 from s2t2_dist.config import ModelConfig, Stage
 from s2t2_dist.errors import ConfigError
 
@@ -47,7 +47,7 @@ KNOWN_KEYS = (
 )
 
 
-def init_distributed(timeout_minutes: float = 30) -> torch.device:
+def init_distributed() -> torch.device:
     """Join the job that the launcher describes, or a job of one, and return this rank's device."""
     _quiet()
     if "RANK" not in os.environ:
@@ -62,7 +62,7 @@ def init_distributed(timeout_minutes: float = 30) -> torch.device:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(
         accelerator.communication_backend_name() if accelerator.device_name() != "cpu" else "gloo",
-        timeout=timedelta(minutes=timeout_minutes),
+        timeout=TIMEOUT,
         verbose=False,
     )
     return torch.device(accelerator.current_device_name())
@@ -92,34 +92,40 @@ def engine_settings(settings: dict, model: ModelConfig, stage: Stage, world_size
     """The full DeepSpeed settings of a stage: the JSON plus the recipe's numbers.
 
     Raises:
-        ConfigError: the global batch is not a multiple of ranks x rows per device.
+        ConfigError: the global batch is not a multiple of the number of ranks.
     """
-    accumulation = accumulation_steps(stage, world_size)
+    micro_batch, accumulation = split_batch(stage, world_size)
     zero = {"memory_efficient_linear": False, **settings.get("zero_optimization", {})}
     return {
         "steps_per_print": 2**62,
         **settings,
         "zero_optimization": zero,
-        "train_micro_batch_size_per_gpu": stage.per_device_train_batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": stage.max_grad_norm,
         "bf16": {"enabled": model.dtype == "bfloat16"},
     }
 
 
-def accumulation_steps(stage: Stage, world_size: int) -> int:
-    """Micro-batches per optimizer step and rank.
+def split_batch(stage: Stage, world_size: int) -> tuple[int, int]:
+    """Rows per forward pass of a rank, and such passes per optimizer step.
+
+    The rows are the largest divisor of a rank's share of the batch that is not above
+    `per_device_train_batch_size`, so that one recipe runs on any number of ranks that divides
+    its batch.
 
     Raises:
-        ConfigError: the global batch does not divide.
+        ConfigError: the global batch is not a multiple of the number of ranks.
     """
-    rows = stage.per_device_train_batch_size * world_size
-    if stage.train_batch_size % rows:
+    share, rest = divmod(stage.train_batch_size, world_size)
+    if rest:
         raise ConfigError(
             f"stages.{stage.name}.train_batch_size is {stage.train_batch_size}, not a multiple of "
-            f"{world_size} ranks x per_device_train_batch_size {stage.per_device_train_batch_size}"
+            f"the {world_size} ranks; choose a multiple or another number of ranks"
         )
-    return stage.train_batch_size // rows
+    most = min(share, stage.per_device_train_batch_size)
+    rows = next(rows for rows in range(most, 0, -1) if share % rows == 0)
+    return rows, share // rows
 
 
 class TrainedLM:
@@ -130,14 +136,15 @@ class TrainedLM:
     """
 
     def __init__(self, model: torch.nn.Module, settings: dict, stage: Stage):
-        cpu = get_accelerator().device_name() == "cpu"
+        offload = settings["zero_optimization"].get("offload_optimizer") or {}
         optimizer = {
             "lr": stage.learning_rate,
             "betas": [stage.adam_beta1, stage.adam_beta2],
             "eps": stage.adam_epsilon,
             "weight_decay": stage.weight_decay,
             "adam_w_mode": True,
-            **({"torch_adam": True} if cpu else {}),
+            # DeepSpeed's own AdamW must be compiled (CUDA: with nvcc); offloading needs it.
+            "torch_adam": offload.get("device", "none") == "none",
         }
         self.accumulation = settings["gradient_accumulation_steps"]
         config = {**settings, "optimizer": {"type": "AdamW", "params": optimizer}}
@@ -167,8 +174,32 @@ class TrainedLM:
         return float(self.engine.get_global_grad_norm())
 
     def save(self, directory: Path) -> None:
-        """Write this rank's weights, moments and step count below `directory`."""
-        self.engine.save_checkpoint(str(directory), tag="engine", save_latest=False)
+        """Write this rank's weights, moments and step count below `directory`. A collective.
+
+        `save_checkpoint` ends in a barrier, where the other ranks would wait for one whose disk
+        is full. So a failed write is kept until this rank has been through the barrier too.
+
+        Raises:
+            OSError, RuntimeError: this rank could not write (torch raises both on a full disk).
+        """
+        files, failures = self.engine.checkpoint_engine, []
+        write = files.save
+
+        def write_or_keep_the_failure(state_dict: dict, path: str) -> None:
+            try:
+                write(state_dict, path)
+            except (OSError, RuntimeError) as error:
+                failures.append(error)
+
+        files.save = write_or_keep_the_failure
+        # Rank 0 would copy a recovery script for DeepSpeed's layout: one more write, no use here.
+        self.engine._copy_recovery_script = lambda _: None
+        try:
+            self.engine.save_checkpoint(str(directory), tag="engine", save_latest=False)
+        finally:
+            files.save = write
+        if failures:
+            raise failures[0]
 
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote at the same world size (verified by the caller)."""
@@ -201,12 +232,16 @@ class FrozenLM:
 
     def __init__(self, model: torch.nn.Module, settings: dict, recompute: bool):
         model.requires_grad_(False)
-        self.engine, *_ = deepspeed.initialize(model=model, config=settings)
-        module = self.engine.module
-        self.backbone = module.base_model
-        self.dtype = next(module.parameters()).dtype
-        # Recomputation needs training mode; otherwise evaluation mode keeps dropout off.
-        module.train(recompute)
+        # The engine gets the module that is called: prefetching starts at its root's hooks.
+        self.engine, *_ = deepspeed.initialize(model=model.base_model, config=settings)
+        self.backbone = self.engine.module
+        self.dtype = next(self.backbone.parameters()).dtype
+        self.recompute = recompute
+        self.train_mode(True)
+
+    def train_mode(self, on: bool) -> None:
+        """Training mode only where activations are recomputed, which needs it (no dropout else)."""
+        self.backbone.train(on and self.recompute)
 
     def hidden(self, embeds_BTD: torch.Tensor) -> torch.Tensor:
         """Last hidden states (B, T, D) of a batch of input embeddings."""

@@ -5,22 +5,34 @@ A folded model is an ordinary Hugging Face folder, untied, made without DeepSpee
 resized under ZeRO-3.
 """
 
+import difflib
+import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+)
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from s2t2_dist import artifacts
 from s2t2_dist.config import ModelConfig
 from s2t2_dist.errors import ArtifactError, ConfigError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Keys that config classes take beside their parameters: older names of rope_parameters.
+ROPE_KEYS = {"rope_theta", "rope_scaling"}
 
 
 def local_folder(model: ModelConfig) -> Path:
@@ -65,9 +77,57 @@ def load_lm(folder: Path, model: ModelConfig, settings: dict) -> torch.nn.Module
     return lm
 
 
-def save_random_lm(model: ModelConfig, special_ids: dict[str, int], folder: Path) -> None:
-    """Write the folder of a model with random weights (the current torch seed), to pretrain."""
-    config = AutoConfig.for_model(model.model_type, **{**(model.config or {}), **special_ids})
+def random_lm_config(model: ModelConfig, vocabulary: dict[str, int]) -> PretrainedConfig:
+    """The config of a model to pretrain, checked: the library ignores keys that it does not know.
+
+    Args:
+        vocabulary: `vocab_size` and special ids of the data, as config keys.
+
+    Raises:
+        ConfigError: an unknown model type or key, or values from which no model can be made.
+    """
+    given = model.config or {}
+    _require_known("model.model_type", model.model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    kind = CONFIG_MAPPING[model.model_type]
+    known = ROPE_KEYS | kind.attribute_map.keys()
+    for class_ in (kind, PretrainedConfig):
+        known |= inspect.signature(class_).parameters.keys() - {"kwargs"}
+    for key in given:
+        _require_known(f"model.config.{key}", key, known)
+    try:
+        config = AutoConfig.for_model(model.model_type, **{**given, **vocabulary})
+        _on_meta(config)
+    except Exception as error:  # the library raises errors of many kinds
+        raise ConfigError(
+            f"model.config makes no {model.model_type} model: {_one_line(error)}"
+        ) from None
+    return config
+
+
+def _require_known(path: str, key: str, known: Iterable[str]) -> None:
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else "see the documentation of transformers"
+        raise ConfigError(f"{path}: transformers does not know {key}; {hint}")
+
+
+def _on_meta(config: PretrainedConfig) -> torch.nn.Module:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def save_random_lm(model: ModelConfig, vocabulary: dict[str, int], folder: Path) -> None:
+    """Write the folder of a model with random weights (the current torch seed), to pretrain.
+
+    Raises:
+        ConfigError: as `random_lm_config`.
+    """
+    config = random_lm_config(model, vocabulary)
     lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     lm.to(getattr(torch, model.dtype)).save_pretrained(folder)
 
@@ -75,28 +135,32 @@ def save_random_lm(model: ModelConfig, special_ids: dict[str, int], folder: Path
 class WeightFiles:
     """The safetensors of a Hugging Face folder, read tensor by tensor.
 
+    Attributes:
+        file_of: name of a tensor -> file name.
+        config: the model's config.
+        head_bias: the LM head adds a bias to the logits.
+
     Raises:
-        ArtifactError: no safetensors, or the model has no embedding of a name we can find.
+        ArtifactError: no safetensors, or a config from which no causal LM can be made.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        if (folder / INDEX).is_file():
-            self.file_of = json.loads((folder / INDEX).read_text())["weight_map"]
-        elif (folder / SINGLE).is_file():
-            with safe_open(folder / SINGLE, "pt") as f:
-                self.file_of = dict.fromkeys(f.keys(), SINGLE)
-        else:
+        self.file_of = _file_of(folder)
+        try:
+            config = AutoConfig.from_pretrained(folder)
+            lm = _on_meta(config)
+        except Exception as error:  # the library raises errors of many kinds
             raise ArtifactError(
-                f"{folder} has neither {SINGLE} nor {INDEX}; convert the model to safetensors"
-            )
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            lm = AutoModelForCausalLM.from_config(config)
+                f"{folder / 'config.json'} makes no causal LM ({_one_line(error)}); give the "
+                "folder of a causal language model"
+            ) from None
+        self.config = config
         names = {id(parameter): name for name, parameter in lm.named_parameters()}
         self.embed_name = names[id(lm.get_input_embeddings().weight)]
         self.tied = config.tie_word_embeddings
         head = lm.get_output_embeddings().weight
+        self.head_bias = lm.get_output_embeddings().bias is not None
         self.head_name = self.embed_name if self.tied else names[id(head)]
         # A tied model has one parameter; its state dict still knows the head's own name.
         self.head_key = next(
@@ -106,6 +170,21 @@ class WeightFiles:
         )
         self.vocab_size = config.vocab_size
 
+    def check(self) -> None:
+        """Open the header of every file.
+
+        Raises:
+            ArtifactError: names the first file that is missing, cut or without one of its tensors.
+        """
+        for file in sorted(set(self.file_of.values())):
+            held = _tensor_names(self.folder / file)
+            listed = {name for name, home in self.file_of.items() if home == file}
+            if listed - held:
+                raise ArtifactError(
+                    f"{self.folder / file} lacks {min(listed - held)}, which {INDEX} expects in "
+                    "it; copy the model again"
+                )
+
     def rows(self, name: str, token_ids_R: torch.Tensor) -> torch.Tensor:
         """Rows of a (V, D) weight in float32, (R, D); reads no more than the span they cover."""
         with safe_open(self.folder / self.file_of[name], "pt") as f:
@@ -114,6 +193,31 @@ class WeightFiles:
                 return torch.zeros(0, view.get_shape()[1])
             first, last = int(token_ids_R.min()), int(token_ids_R.max())
             return view[first : last + 1][token_ids_R - first].float()
+
+
+def _file_of(folder: Path) -> dict[str, str]:
+    """Name of a tensor -> file name, from the index or from the only file."""
+    if (folder / INDEX).is_file():
+        weight_map = artifacts.read_json(folder / INDEX).get("weight_map")
+        if not weight_map:
+            raise ArtifactError(f"{folder / INDEX} has no weight_map; copy the model again")
+        return weight_map
+    if (folder / SINGLE).is_file():
+        return dict.fromkeys(_tensor_names(folder / SINGLE), SINGLE)
+    raise ArtifactError(
+        f"{folder} has neither {SINGLE} nor {INDEX}; convert the model to safetensors"
+    )
+
+
+def _tensor_names(path: Path) -> set[str]:
+    """What a safetensors file holds; its header says how long the file must be."""
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing; copy the model again")
+    try:
+        with safe_open(path, "pt") as f:
+            return set(f.keys())
+    except SafetensorError as error:
+        raise ArtifactError(f"{path} is cut or damaged ({error}); copy the model again") from None
 
 
 def fold(

@@ -15,7 +15,7 @@ from s2t2_dist import artifacts, export, model
 from s2t2_dist.card import model_card
 from s2t2_dist.config import Recipe, Translate, load_recipe
 from s2t2_dist.data import ShardReader, require_tokenizer, rows_at
-from s2t2_dist.errors import ArtifactError
+from s2t2_dist.errors import ArtifactError, ConfigError
 from s2t2_dist.evaluate import Evaluation
 from s2t2_dist.translate import TRANSLATION_DIR, fold_translation
 from s2t2_dist.translation import RECORD
@@ -35,10 +35,12 @@ def release(run_dir: Path, target: Path, max_shard_size: str = export.MAX_SHARD_
         max_shard_size: largest safetensors file, such as "5GB".
 
     Raises:
+        ConfigError: `max_shard_size` is no size.
         ArtifactError: the run is not finished, a file was altered, `target` exists, or the folder
             fails a check of `verify`; nothing is left behind.
         DataError: the run's data folder is gone or was made with another tokenizer.
     """
+    _check_size(max_shard_size)
     recipe = load_recipe(run_dir / "config.yaml")
     if target.exists():
         raise ArtifactError(f"{target} exists; choose another folder or remove it yourself")
@@ -65,6 +67,15 @@ def release(run_dir: Path, target: Path, max_shard_size: str = export.MAX_SHARD_
         require_verified(temporary, record[UNTRAINED])
 
 
+def _check_size(size: str) -> None:
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=size)
+    except (ValueError, OverflowError):
+        raise ConfigError(
+            f"max_shard_size: {size!r} is no size; give a number with KB, MB, GB or TB, as in 5GB"
+        ) from None
+
+
 def _finished(run_dir: Path, recipe: Recipe) -> tuple[Path, dict]:
     """The artifact of the last stage, checked against its manifest, and what it records."""
     translated = isinstance(recipe.stages[-1], Translate)
@@ -84,9 +95,12 @@ def _finished(run_dir: Path, recipe: Recipe) -> tuple[Path, dict]:
 def untrained_ids(recipe: Recipe, train: ShardReader) -> list[int]:
     """Token ids that no row held on which any stage of the run was trained, ascending.
 
-    Their rows got no gradient of their own, so that they may be equal to each other.
+    Their rows got no gradient of their own, so that they may be equal to each other. The stages
+    share one data order, each going on where the one before stopped, so the rows visited are the
+    first of that order. The rows on which a translation from another run was learned do not count:
+    its tokens are untrained here unless this run's own stages met them.
     """
-    visited = max(stage.max_steps * stage.train_batch_size for stage in recipe.stages)
+    visited = sum(stage.max_steps * stage.train_batch_size for stage in recipe.stages)
     seen = np.zeros(train.metadata["vocab_size"], dtype=bool)
     for start in range(0, min(visited, len(train)), ROWS_PER_COUNT):
         positions = np.arange(start, min(start + ROWS_PER_COUNT, visited, len(train)))

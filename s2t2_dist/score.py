@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from s2t2_dist.data import ShardReader, require_tokenizer
 from s2t2_dist.errors import ArtifactError, DataError
 from s2t2_dist.evaluate import Evaluation, evaluate
+from s2t2_dist.model import WeightFiles
 
 
 def score(
@@ -21,11 +22,12 @@ def score(
         dtype: of weights and activations, `bfloat16` or `float32`; default: as stored.
 
     Raises:
-        ArtifactError: no model folder.
+        ArtifactError: no model folder, or its weights cannot be read.
         DataError: the data were made with another tokenizer than the folder's.
     """
     if not (model_dir / "config.json").is_file():
         raise ArtifactError(f"{model_dir} is no Hugging Face model folder (no config.json in it)")
+    WeightFiles(model_dir).check()
     reader = ShardReader(data_dir, split)
     require_tokenizer(reader.metadata, model_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

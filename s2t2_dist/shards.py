@@ -20,6 +20,8 @@ KIND = "data"
 SPLITS = ("train", "validation")
 TOKENIZER_DIR = "tokenizer"
 TOKENIZER_JSON = "tokenizer.json"
+# Keys of tokenizer.json that change no id of a text's tokens.
+TOKENIZER_SETTINGS = ("version", "truncation", "padding")
 TOKEN_BYTES = "token_bytes.npy"
 SCHEMA_KEY = b"s2t2"
 # Equal record batches and shards make row -> (shard, batch, offset) a division.
@@ -45,15 +47,26 @@ def shard_schema(context: int, vocab_size: int, record: dict) -> pa.Schema:
 
 
 def tokenizer_sha256(directory: Path | str) -> str:
-    """Hex sha256 of a tokenizer folder's `tokenizer.json`: the tokenizer's identity.
+    """Hex sha256 of what a tokenizer folder's `tokenizer.json` says: the tokenizer's identity.
+
+    Two tokenizers are the same if they give every text the same ids: vocabulary, merges, special
+    tokens, normalizer, pre-tokenizer, post-processor and decoder are equal. The file's formatting,
+    its version and the settings `truncation` and `padding` do not count, nor do other files.
 
     Raises:
-        DataError: the folder has no such file.
+        DataError: the folder has no such file, or it is not a JSON object.
     """
     path = Path(directory) / TOKENIZER_JSON
     if not path.is_file():
         raise DataError(f"{path} does not exist; give a folder with a Hugging Face tokenizer")
-    return artifacts.sha256_file(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); copy the tokenizer again") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is not a tokenizer (no JSON object); copy the tokenizer again")
+    rules = {key: value for key, value in content.items() if key not in TOKENIZER_SETTINGS}
+    return artifacts.sha256_json(rules)
 
 
 def require_tokenizer(metadata: dict, tokenizer_dir: Path | str) -> None:

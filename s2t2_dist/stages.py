@@ -9,48 +9,12 @@ from pathlib import Path
 import torch
 
 from s2t2_dist import artifacts, engine, export, model
+from s2t2_dist.comm import agree
 from s2t2_dist.config import Finetune, Pretrain, Stage, Translate
-from s2t2_dist.data import Batch, require_tokenizer
-from s2t2_dist.errors import ConfigError
+from s2t2_dist.data import Batch
 from s2t2_dist.evaluate import sum_of_nats
 from s2t2_dist.stage import Context, StageRunner
-from s2t2_dist.translate import (
-    TRANSLATION_DIR,
-    TranslateStage,
-    check_translation,
-    fold_translation,
-    source_token_ids,
-)
-from s2t2_dist.translation import load_translation
-
-
-def check_inputs(context: Context) -> None:
-    """Check the model, the translations and the data against each other before a run starts.
-
-    Raises:
-        ConfigError: no model folder, or a vocabulary that does not fit.
-        DataError: the data's tokenizer is not the one that a stage needs.
-        ArtifactError: a translation that is incomplete or altered.
-    """
-    recipe, data = context.recipe, context.train.metadata
-    if recipe.model.config is not None:
-        return
-    folder = model.local_folder(recipe.model)
-    source_vocab_size = model.WeightFiles(folder).vocab_size
-    for stage in recipe.stages:
-        if isinstance(stage, Translate):
-            source_token_ids(stage.source_tokens, folder, source_vocab_size)
-            continue
-        assert isinstance(stage, Finetune)
-        if stage.init == "source":
-            require_tokenizer(data, folder)
-        elif stage.init == "truncate" and data["vocab_size"] > source_vocab_size:
-            raise ConfigError(
-                f"stages.{stage.name}.init: truncate keeps {data['vocab_size']} rows, but the "
-                f"model has {source_vocab_size}; take a smaller vocabulary"
-            )
-        elif stage.translation is not None:
-            check_translation(load_translation(stage.translation), folder, data)
+from s2t2_dist.translate import TRANSLATION_DIR, TranslateStage, fold_translation
 
 
 def make_stage(context: Context, stage: Stage) -> StageRunner:
@@ -65,12 +29,16 @@ def starting_model(context: Context, stage: Stage) -> Path:
     if isinstance(stage, Finetune) and stage.init == "source":
         return model.local_folder(context.recipe.model)
     folder = context.run_dir / f"start-{stage.name}"
-    if context.comm.rank == 0 and not artifacts.is_complete(folder):
+
+    def make() -> None:
+        if context.comm.rank != 0 or artifacts.is_complete(folder):
+            return
         shutil.rmtree(folder, ignore_errors=True)
         record = {"kind": "model", "stage": stage.name}
         with artifacts.sealed_directory(folder, record) as temporary:
             _make_starting_model(context, stage, temporary)
-    context.comm.barrier()
+
+    agree(context.comm, make, f"writing {folder}")
     return folder
 
 
@@ -134,16 +102,19 @@ class WeightStage:
         if artifacts.is_complete(target):
             return
         weights = self.lm.state_dict()
-        if self.context.comm.rank == 0:
-            export.write_model(
-                target,
-                weights,
-                self.folder,
-                self.context.train.directory,
-                self.context.special_ids,
-                record,
-            )
-        self.context.comm.barrier()
+
+        def write() -> None:
+            if weights is not None:
+                export.write_model(
+                    target,
+                    weights,
+                    self.folder,
+                    self.context.train.directory,
+                    self.context.special_ids,
+                    record,
+                )
+
+        agree(self.context.comm, write, f"writing {target}")
 
     def close(self) -> None:
         self.lm.close()

@@ -7,6 +7,7 @@ run goes on in the same MLflow run.
 
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -14,10 +15,12 @@ from pathlib import Path
 
 from s2t2_dist.artifacts import read_json, write_json
 from s2t2_dist.config import TrackingConfig
+from s2t2_dist.errors import ArtifactError
 
 METRICS = "metrics.jsonl"
 LINK = "mlflow.json"
 SHIP_SECONDS = 2.0
+RETRY_SECONDS = 0.5
 CLOSE_SECONDS = 60.0
 BATCH_ITEMS = 1000  # MLflow's limit for one log_batch call
 PARAM_CHARACTERS = 6000  # MLflow's limit for one parameter value
@@ -46,8 +49,18 @@ class MetricsFile:
         return self._file.tell()
 
     def truncate(self, length: int) -> None:
-        """Forget the lines after a checkpoint: the resumed run writes them again."""
-        self._file.truncate(min(length, self._file.seek(0, os.SEEK_END)))
+        """Forget the lines after a checkpoint: the resumed run writes them again.
+
+        Raises:
+            ArtifactError: the file is shorter than it was at the checkpoint.
+        """
+        found = self._file.seek(0, os.SEEK_END)
+        if found < length:
+            raise ArtifactError(
+                f"{self.path} has {found} bytes, but had {length} when the checkpoint was written: "
+                "it was cut or replaced; bring it back, or start again in a new output_dir"
+            )
+        self._file.truncate(length)
         self._file.seek(0, os.SEEK_END)
 
     def close(self) -> None:
@@ -66,8 +79,10 @@ def read_metrics(run_dir: Path) -> list[dict]:
 class MLflowShipper:
     """Ships `metrics.jsonl` to one MLflow run from a daemon thread.
 
-    `mlflow.json` in the run directory holds the tracking URI, the run id and the last
-    (stage index, step) that the server acknowledged.
+    `mlflow.json` in the run directory holds the tracking URI, the run id, the last
+    (stage index, step) that the server acknowledged, and the status of a run that was ended. A
+    call that fails is made again; what a job could not send, the next one in the same run
+    directory sends.
 
     Args:
         params: flat parameters, logged once when the MLflow run is made.
@@ -80,6 +95,7 @@ class MLflowShipper:
         self.params = params
         self._stop = threading.Event()
         self._status = "FINISHED"
+        self._deadline = math.inf
         self._offset = 0
         self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
         self._thread.start()
@@ -92,50 +108,81 @@ class MLflowShipper:
             seconds: how long a server may take before it is left alone.
         """
         self._status = status
+        self._deadline = time.monotonic() + seconds
         self._stop.set()
         self._thread.join(seconds)
-        if self._thread.is_alive():
-            _log.warning("MLflow at %s did not answer; metrics are in %s", self.uri, self.run_dir)
+        if self.alive:
+            _log.warning(
+                "MLflow at %s did not answer in time; metrics are in %s, and starting the run "
+                "again sends the rest",
+                self.uri,
+                self.run_dir / METRICS,
+            )
+
+    @property
+    def alive(self) -> bool:
+        """Whether it may still send something."""
+        return self._thread.is_alive()
 
     def _run(self) -> None:
-        try:
-            client, link = self._connect()
-            while not self._stop.wait(SHIP_SECONDS):
-                self._ship(client, link)
-            self._ship(client, link)
-            client.set_terminated(link["run_id"], status=self._status)
-        except Exception as error:  # tracking must never end a training run
-            _log.warning("MLflow at %s: %s; metrics are in %s", self.uri, error, METRICS)
+        """Ship until the run has ended; a streak of failures is logged once."""
+        connection, failing = None, False
+        while time.monotonic() < self._deadline:
+            ending = self._stop.wait(SHIP_SECONDS)
+            try:
+                connection = connection or self._connect()
+                self._ship(*connection)
+                if ending:
+                    self._terminate(*connection)
+                    return
+                failing = False
+            except Exception as error:  # tracking must never end a training run
+                if not failing:
+                    reason = " ".join(str(error).split())[:200]
+                    _log.warning("MLflow at %s: %s; metrics are in %s", self.uri, reason, METRICS)
+                failing = True
+                if ending:
+                    time.sleep(RETRY_SECONDS)
 
     def _connect(self) -> tuple:
+        """The client and the link, with the MLflow run made or running again."""
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
         client = MlflowClient(tracking_uri=self.uri)
         path = self.run_dir / LINK
         link = read_json(path) if path.exists() else None
-        if link is not None:
+        if link is not None and link["uri"] == self.uri:
             client.update_run(link["run_id"], status="RUNNING")
-            return client, link
-        experiment = client.get_experiment_by_name(self.experiment)
-        if experiment is None:
-            experiment_id = client.create_experiment(self.experiment)
         else:
-            experiment_id = experiment.experiment_id
-        run = client.create_run(experiment_id, run_name=self.run_dir.name)
-        link = {"uri": self.uri, "run_id": run.info.run_id, "shipped": [-1, -1]}
-        params = [Param(key, value[:PARAM_CHARACTERS]) for key, value in self.params.items()]
-        for start in range(0, len(params), 100):  # MLflow's limit for parameters in one call
-            client.log_batch(run.info.run_id, params=params[start : start + 100])
+            experiment = client.get_experiment_by_name(self.experiment)
+            if experiment is None:
+                experiment_id = client.create_experiment(self.experiment)
+            else:
+                experiment_id = experiment.experiment_id
+            run = client.create_run(experiment_id, run_name=self.run_dir.name)
+            link = {"uri": self.uri, "run_id": run.info.run_id, "shipped": [-1, -1]}
+        write_json(path, {**link, "status": "RUNNING"})
+        if not link.get("params_logged"):
+            params = [Param(key, value[:PARAM_CHARACTERS]) for key, value in self.params.items()]
+            for start in range(0, len(params), 100):  # MLflow's limit for parameters in one call
+                client.log_batch(link["run_id"], params=params[start : start + 100])
+        link |= {"params_logged": True, "status": "RUNNING"}
         write_json(path, link)
         return client, link
 
+    def _terminate(self, client, link: dict) -> None:
+        client.set_terminated(link["run_id"], status=self._status)
+        write_json(self.run_dir / LINK, {**link, "status": self._status})
+
     def _ship(self, client, link: dict) -> None:
+        """Send the lines after `_offset`, which moves on when all of them are acknowledged."""
         from mlflow.entities import Metric
 
+        lines, offset = self._new_lines()
         batch: list[Metric] = []
         last = link["shipped"]
-        for line in self._new_lines():
+        for line in lines:
             position = [line["stage_index"], line["step"]]
             if position <= link["shipped"]:
                 continue
@@ -152,19 +199,26 @@ class MLflowShipper:
             last = position
         if batch:
             self._send(client, link, batch, last)
+        self._offset = offset
 
-    def _new_lines(self) -> list[dict]:
-        """The complete lines written since the last call."""
+    def _new_lines(self) -> tuple[list[dict], int]:
+        """The complete lines that are not yet acknowledged, and the offset behind them."""
         with (self.run_dir / METRICS).open("rb") as f:
             f.seek(self._offset)
             complete, newline, _ = f.read().rpartition(b"\n")
-        self._offset += len(complete) + len(newline)
-        return [json.loads(line) for line in complete.splitlines()]
+        lines = [json.loads(line) for line in complete.splitlines()]
+        return lines, self._offset + len(complete) + len(newline)
 
     def _send(self, client, link: dict, metrics: list, last: list[int]) -> None:
         client.log_batch(link["run_id"], metrics=metrics)
         link["shipped"] = last
         write_json(self.run_dir / LINK, link)
+
+
+def is_shipped(run_dir: Path) -> bool:
+    """Whether MLflow acknowledged the end of a finished run, and so every line before it."""
+    path = run_dir / LINK
+    return path.exists() and read_json(path).get("status") == "FINISHED"
 
 
 def default_uri() -> str:

@@ -6,23 +6,20 @@ weights, moments and a position.
 """
 
 import contextlib
-import os
+import math
 import random
 import signal
-import socket
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
-import yaml
 
-from s2t2_dist import artifacts, checkpoint, comm, engine, stages
-from s2t2_dist.config import Recipe, Stage, changed_keys, recipe_values
+from s2t2_dist import checkpoint, comm, engine, model, rundir, stages
+from s2t2_dist.comm import agree
+from s2t2_dist.config import Recipe, Stage, Translate, recipe_values
 from s2t2_dist.data import (
     Batch,
     ShardReader,
@@ -31,18 +28,16 @@ from s2t2_dist.data import (
     require_tokenizer,
     rows_at,
 )
-from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error
+from s2t2_dist.errors import ConfigError, S2T2Error
 from s2t2_dist.evaluate import Evaluation, evaluate
+from s2t2_dist.inputs import check_inputs
 from s2t2_dist.progress import Progress
 from s2t2_dist.schedule import learning_rate
 from s2t2_dist.stage import Context, StageRunner
-from s2t2_dist.tracking import MetricsFile, MLflowShipper, flatten
+from s2t2_dist.tracking import MetricsFile, MLflowShipper, flatten, is_shipped
 
 EXIT_DONE = 0
 EXIT_PREEMPTED = 3
-STATUS = "status.json"
-CONFIG = "config.yaml"
-T = TypeVar("T")
 
 
 class _StopRequest:
@@ -78,39 +73,26 @@ def run(recipe: Recipe, resume: str = "auto") -> int:
     """
     device = engine.init_distributed()
     world = comm.world_comm()
-    context = agree(world, lambda: _open_inputs(recipe, world, device))
-    agree(world, lambda: _check_run_directory(context, resume))
-    agree(world, lambda: _make_run_directory(context))
-    if world.broadcast_object(read_state(context.run_dir) == "done"):
-        if world.rank == 0:
-            print(f"{context.run_dir} is done; nothing to do")
-        code = EXIT_DONE
-    else:
-        code = Trainer(context, resume).run()
+    try:
+        code = _run(recipe, resume, world, device)
+    except S2T2Error as error:
+        if error.everywhere:  # else the other ranks may still be waiting in a collective
+            comm.destroy()
+        raise
     comm.destroy()
     return code
 
 
-def agree(world: comm.LocalComm, check: Callable[[], T]) -> T:
-    """Run a check on every rank; where it fails on any, every rank raises the same error.
-
-    The check itself must hold no collective.
-    """
-    result, problem = None, None
-    try:
-        result = check()
-    except S2T2Error as error:
-        problem = error
-    except OSError as error:
-        problem = artifacts.disk_error(error, "starting the run") or S2T2Error(str(error))
-    problems = world.gather_objects(problem)
-    failed = [rank for rank, found in enumerate(problems) if found]
-    if failed:
-        where = "" if len(failed) == world.size else f"rank {failed[0]}: "
-        shared = type(problems[failed[0]])(f"{where}{problems[failed[0]]}")
-        shared.everywhere = True
-        raise shared
-    return result
+def _run(recipe: Recipe, resume: str, world: comm.LocalComm, device: torch.device) -> int:
+    context = agree(world, lambda: _open_inputs(recipe, world, device), "opening the inputs")
+    with contextlib.ExitStack() as held:
+        state = agree(world, lambda: _claim(context, resume, held), "making the run directory")
+        if world.broadcast_object(state) != "done":
+            return Trainer(context, resume).run()
+        if world.rank == 0:
+            _finish_shipping(context)
+            print(f"{context.run_dir} is done; nothing to do")
+        return EXIT_DONE
 
 
 def _open_inputs(recipe: Recipe, world: comm.LocalComm, device: torch.device) -> Context:
@@ -120,7 +102,7 @@ def _open_inputs(recipe: Recipe, world: comm.LocalComm, device: torch.device) ->
     if data.tokenizer is not None:
         require_tokenizer(train.metadata, data.tokenizer)
     for stage in recipe.stages:
-        engine.accumulation_steps(stage, world.size)
+        engine.split_batch(stage, world.size)
     context = Context(
         recipe=recipe,
         run_dir=recipe.output_dir.resolve(),
@@ -130,14 +112,30 @@ def _open_inputs(recipe: Recipe, world: comm.LocalComm, device: torch.device) ->
         train=train,
         validation=ShardReader(data.path, "validation"),
     )
-    stages.check_inputs(context)
+    check_inputs(context)
     return context
 
 
-def read_state(run_dir: Path) -> str | None:
-    """The state in a run's `status.json`: running, preempted, failed or done."""
-    path = run_dir / STATUS
-    return artifacts.read_json(path)["state"] if path.exists() else None
+def _claim(context: Context, resume: str, held: contextlib.ExitStack) -> str | None:
+    """On rank 0, make or take over the run directory, and read its state; `held` unlocks it."""
+    if context.comm.rank != 0:
+        return None
+    recipe = context.recipe
+    base = model.local_folder(recipe.model) if recipe.model.config is None else None
+    inputs = rundir.identify_inputs(context.train.directory, context.deepspeed, base)
+    held.enter_context(rundir.claimed(context.run_dir, recipe, inputs, resume))
+    return rundir.read_state(context.run_dir)
+
+
+def _finish_shipping(context: Context) -> None:
+    """Send MLflow what a run that is done could not send at its end."""
+    if context.recipe.tracking.enabled and not is_shipped(context.run_dir):
+        _start_shipper(context).close("FINISHED")
+
+
+def _start_shipper(context: Context) -> MLflowShipper:
+    params = flatten(recipe_values(context.recipe))
+    return MLflowShipper(context.run_dir, context.recipe.tracking, params)
 
 
 class Trainer:
@@ -151,19 +149,23 @@ class Trainer:
         self.context = context
         self.recipe, self.run_dir, self.comm = context.recipe, context.run_dir, context.comm
         self.stop = _StopRequest()
-        if resume in ("auto", "never"):
-            found = checkpoint.find(self.run_dir, self.comm)
-        else:
-            found = agree(self.comm, lambda: checkpoint.load(self.run_dir, Path(resume)))
+        path = None if resume in ("auto", "never") else Path(resume)
+        found = checkpoint.find(self.run_dir, self.comm, path)
         self.resume_dir, self.position = found or (None, None)
         self.metrics: MetricsFile | None = None
         self.mlflow: MLflowShipper | None = None
+        agree(self.comm, self._open_metrics, "opening the metrics")
+
+    def _open_metrics(self) -> None:
+        """Check that this job can go on from the checkpoint; on rank 0, open what it writes."""
+        if self.position:
+            stage = self.recipe.stages[self.position.stage_index]
+            _check_world_size(stage, self.position, self.resume_dir, self.comm.size)
         if self.comm.rank == 0:
             self.metrics = MetricsFile(self.run_dir)
             self.metrics.truncate(self.position.metrics_bytes if self.position else 0)
             if self.recipe.tracking.enabled:
-                params = flatten(recipe_values(self.recipe))
-                self.mlflow = MLflowShipper(self.run_dir, self.recipe.tracking, params)
+                self.mlflow = _start_shipper(self.context)
 
     def run(self) -> int:
         """Run every stage that is not behind the checkpoint; returns the exit code."""
@@ -173,28 +175,25 @@ class Trainer:
             for index in range(first, len(self.recipe.stages)):
                 evaluation = self._run_stage(index)
         except PreemptedError:
-            self._close("KILLED")
-            self._write_status("preempted")
+            self._end("preempted", "KILLED")
             return EXIT_PREEMPTED
         except BaseException as error:
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
-                self._write_status("failed", reason=f"{type(error).__name__}: {error}")
-                self._close("FAILED")
+                self._end("failed", "FAILED", reason=f"{type(error).__name__}: {error}")
             raise
-        self._close("FINISHED")
-        self._write_status("done", **evaluation.metrics())
+        self._end("done", "FINISHED", **evaluation.metrics())
         return EXIT_DONE
 
     def _write_status(self, state: str, **more: object) -> None:
         if self.comm.rank == 0:
-            where = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-            artifacts.write_json(self.run_dir / STATUS, {"state": state, **more, **where})
+            rundir.write_status(self.run_dir, state, **more)
 
-    def _close(self, mlflow_status: str) -> None:
-        """Ship the last metrics and close the files."""
+    def _end(self, state: str, mlflow_status: str, **more: object) -> None:
+        """Close the files and write the status; only then wait for MLflow, which may be slow."""
         if self.metrics:
             self.metrics.sync()
             self.metrics.close()
+        self._write_status(state, **more)
         if self.mlflow:
             self.mlflow.close(mlflow_status)
 
@@ -233,25 +232,46 @@ class Trainer:
         """One optimizer step on this rank's share of the global batch, and its metrics."""
         started = time.perf_counter()
         seed_step(self.recipe.seed, index, step, self.comm.rank)
-        batches, predicted = self._batches(stage, step)
+        batches, predicted = self._batches(index, step)
         rate = learning_rate(
             step, stage.max_steps, stage.learning_rate, stage.warmup_ratio, stage.min_lr_ratio
         )
         nats, values = runner.train_step(batches, predicted, rate)
         loss = float(self.comm.sum_(nats)) / predicted
+        self._require_finite(loss, stage, step + 1)
         seconds = time.perf_counter() - started
         tokens = stage.train_batch_size * self.context.train.context
         speed = {"tokens_per_second": tokens / seconds, "step_seconds": seconds}
         return {"loss": loss, "learning_rate": rate, **values, **speed}
 
-    def _batches(self, stage: Stage, step: int) -> tuple[list[Batch], int]:
-        """This rank's micro-batches of a step, and the predicted tokens of the whole step."""
+    def _batches(self, index: int, step: int) -> tuple[list[Batch], int]:
+        """This rank's micro-batches of a step, and the predicted tokens of the whole step.
+
+        A stage goes on in the order of the rows where the stages before it stopped.
+        """
         reader = self.context.train
-        positions = np.arange(step * stage.train_batch_size, (step + 1) * stage.train_batch_size)
+        *before, stage = self.recipe.stages[: index + 1]
+        first = sum(earlier.max_steps * earlier.train_batch_size for earlier in before)
+        first += step * stage.train_batch_size
+        positions = np.arange(first, first + stage.train_batch_size)
         rows = rows_at(positions, len(reader), self.recipe.seed)
         mine = np.split(rows, self.comm.size)[self.comm.rank]
-        micro = np.split(mine, len(mine) // stage.per_device_train_batch_size)
+        _, passes = engine.split_batch(stage, self.comm.size)
+        micro = np.split(mine, passes)
         return [load_batch(reader, part) for part in micro], count_predicted(reader, rows)
+
+    def _require_finite(self, loss: float, stage: Stage, step: int) -> None:
+        """Stop, on every rank, before a checkpoint could hold weights that are lost."""
+        if math.isfinite(loss):
+            return
+        saved = checkpoint.list_checkpoints(self.run_dir)
+        last = f"the last checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
+        error = S2T2Error(
+            f"the loss of stage {stage.name} is {loss} at step {step}; {last}; "
+            "lower the learning rate in a new output_dir"
+        )
+        error.everywhere = True
+        raise error
 
     def _evaluate(self, runner: StageRunner, stage: Stage) -> Evaluation:
         runner.evaluation_mode(True)
@@ -292,40 +312,17 @@ def seed_step(seed: int, stage_index: int, step: int, rank: int) -> None:
     torch.manual_seed(int(words[0]) << 32 | int(words[1]))
 
 
-def _check_run_directory(context: Context, resume: str) -> None:
-    """Check that the run directory is new or belongs to this recipe.
+def _check_world_size(
+    stage: Stage, position: checkpoint.Position, path: Path, world_size: int
+) -> None:
+    """DeepSpeed's moments are cut for the ranks that wrote them; a translate stage's rows are not.
 
     Raises:
-        ConfigError: it is there with another recipe (names the keys), or does not fit `resume`.
-        ArtifactError: something else is there.
+        ConfigError: this job cannot resume from the checkpoint.
     """
-    run_dir = context.run_dir
-    config = run_dir / CONFIG
-    if not config.exists():
-        if run_dir.exists() and any(run_dir.iterdir()):
-            raise ArtifactError(
-                f"{run_dir} exists and is no run directory (no {CONFIG} in it); choose another "
-                "output_dir or remove it yourself"
-            )
-        if resume not in ("auto", "never"):
-            raise ConfigError(f"--resume {resume}: {run_dir} holds no run to resume")
-        return
-    if resume == "never":
-        raise ConfigError(f"{run_dir} holds a run and --resume is never; choose another output_dir")
-    old = yaml.safe_load(config.read_text(encoding="utf-8"))
-    new = recipe_values(context.recipe)
-    changes = changed_keys({**old, "output_dir": None}, {**new, "output_dir": None})
-    if changes:
+    if not isinstance(stage, Translate) and position.world_size != world_size:
         raise ConfigError(
-            f"{run_dir} was started with another recipe ({'; '.join(changes)}); "
-            "undo the change or choose another output_dir"
+            f"checkpoint {path} was written by {position.world_size} ranks, this job has "
+            f"{world_size}; start it with {position.world_size} (only a translate stage resumes "
+            "at any number)"
         )
-
-
-def _make_run_directory(context: Context) -> None:
-    """On rank 0, make a new run directory with its resolved recipe."""
-    config = context.run_dir / CONFIG
-    if context.comm.rank == 0 and not config.exists():
-        context.run_dir.mkdir(parents=True, exist_ok=True)
-        values = recipe_values(context.recipe)
-        artifacts.write_text(config, yaml.safe_dump(values, sort_keys=False))

@@ -7,6 +7,7 @@ gives the gradient of this rank's rows.
 Shapes: V and U source and target vocabulary, D width, R source rows of this rank.
 """
 
+import re
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from s2t2_dist import artifacts, engine, export, model
-from s2t2_dist.comm import world_comm
+from s2t2_dist.comm import agree, world_comm
 from s2t2_dist.config import Translate
 from s2t2_dist.data import Batch, tokenizer_sha256
 from s2t2_dist.errors import ArtifactError, ConfigError, DataError
@@ -27,6 +28,7 @@ from s2t2_dist.translation import Translation, load_translation, save_translatio
 
 TRANSLATION_DIR = "translation"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 class TranslateStage:
@@ -76,6 +78,7 @@ class TranslateStage:
 
     def evaluation_mode(self, on: bool) -> None:
         """Solve once for a whole evaluation."""
+        self.lm.train_mode(not on)
         if on:
             with torch.no_grad():
                 self.translated = self.translator.translate()
@@ -117,22 +120,27 @@ class TranslateStage:
         }
 
     def save(self, directory: Path) -> None:
-        """Write this rank's rows of C with their AdamW moments."""
+        """Write this rank's rows of C with their AdamW moments; no rows, no file."""
+        start, stop = self.rows
+        if start == stop:  # more ranks than rows
+            return
         cost = self.translator.cost
         state = self.optimizer.state[cost]
         zeros = torch.zeros_like(cost)
         tensors = {"cost": cost.detach(), **{name: state.get(name, zeros) for name in MOMENTS}}
         tensors["step"] = torch.as_tensor(state.get("step", 0), dtype=torch.float32)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        start, stop = self.rows
         save_file(tensors, directory / f"cost-{start:08d}-{stop:08d}.safetensors")
 
     def load(self, directory: Path) -> None:
         """Restore this rank's rows, whichever ranks wrote them.
 
         Raises:
-            ArtifactError: the checkpoint does not hold every row.
+            ArtifactError: on every rank, where the checkpoint does not hold every row.
         """
+        agree(self.context.comm, lambda: self._load(directory), f"reading {directory}")
+
+    def _load(self, directory: Path) -> None:
         cost = self.translator.cost
         wanted = {name: torch.empty_like(cost, device="cpu") for name in ("cost", *MOMENTS)}
         found, (start, stop), step = 0, self.rows, torch.tensor(0.0)
@@ -180,23 +188,17 @@ def source_token_ids(choice: str, folder: Path, vocab_size: int) -> torch.Tensor
     """The source tokens that are rows of P, (R,) int64 ascending.
 
     Args:
-        choice: `all`; `bytes` (tokens that stand for one character or byte, the paper's setting);
-            or a file with one token id per line.
+        choice: `all` (every token of the tokenizer: rows that only pad the embedding are left
+            out); `bytes` (tokens that stand for one character or byte, the paper's setting); or a
+            file with one token id per line.
+        vocab_size: rows of the embedding.
 
     Raises:
-        ConfigError: the file is missing or holds something else than ids of this vocabulary.
+        ConfigError: the file is missing or holds something else than ids of this vocabulary, or
+            the tokenizer has no such token.
     """
-    if choice == "all":
-        return torch.arange(vocab_size)
-    if choice == "bytes":
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        special = set(tokenizer.all_special_ids)
-        ids = [
-            number
-            for token, number in tokenizer.get_vocab().items()
-            if len(token) == 1 and number not in special
-        ]
-        return torch.tensor(sorted(ids))
+    if choice in ("all", "bytes"):
+        return _tokenizer_ids(folder, vocab_size, single=choice == "bytes")
     try:
         ids = sorted({int(line) for line in Path(choice).read_text().split()})
     except OSError:
@@ -206,6 +208,28 @@ def source_token_ids(choice: str, folder: Path, vocab_size: int) -> torch.Tensor
     if not ids or ids[0] < 0 or ids[-1] >= vocab_size:
         raise ConfigError(f"source_tokens: ids in {choice} must be from 0 to {vocab_size - 1}")
     return torch.tensor(ids)
+
+
+def _tokenizer_ids(folder: Path, vocab_size: int, single: bool) -> torch.Tensor:
+    """Ids of the tokenizer's tokens, ascending; `single` characters and bytes without special ones.
+
+    A byte token is written as one character, or as `<0x41>` by SentencePiece.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    special = set(tokenizer.all_special_ids)
+    ids = [
+        number
+        for token, number in tokenizer.get_vocab().items()
+        if number < vocab_size
+        and not (single and number in special)
+        and (not single or len(token) == 1 or BYTE_TOKEN.fullmatch(token))
+    ]
+    if not ids:
+        what = "single characters or bytes" if single else f"tokens with ids below {vocab_size}"
+        raise ConfigError(
+            f"source_tokens: the tokenizer in {folder} has no {what}; give all or a file of ids"
+        )
+    return torch.tensor(sorted(ids))
 
 
 def check_translation(translation: Translation, source: Path, data_metadata: dict) -> None:

@@ -8,7 +8,6 @@ Shapes: R source tokens in use, V the source vocabulary, U the target vocabulary
 """
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from s2t2_dist import artifacts
-from s2t2_dist.comm import LocalComm
+from s2t2_dist.comm import LocalComm, agree
 from s2t2_dist.errors import ArtifactError, S2T2Error
 
 FORMAT_VERSION = 1
@@ -97,7 +96,7 @@ def save_translation(
         info: anything JSON: method, iterations, base model and its hash, statistics.
 
     Raises:
-        ArtifactError: on every rank, when any rank could not write; nothing is left behind.
+        S2T2Error: on every rank, when any rank could not write; nothing is left behind.
     """
     record = {
         "kind": "translation",
@@ -154,11 +153,11 @@ def _write_together(
             artifacts.seal(temporary, {"kind": "translation"}, files)
             artifacts.publish(temporary, directory)
 
-    _on_every_rank(comm, prepare)
-    files = {
-        name: entry for entries in _on_every_rank(comm, write) for name, entry in entries.items()
-    }
-    _on_every_rank(comm, finish)
+    doing = f"writing {directory}"
+    agree(comm, prepare, doing)
+    parts = comm.gather_objects(agree(comm, write, doing))
+    files = {name: entry for part in parts for name, entry in part.items()}
+    agree(comm, finish, doing)
 
 
 def load_translation(path: str | Path) -> Translation:
@@ -236,16 +235,3 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} is not readable ({error}); make it again") from None
-
-
-def _on_every_rank(comm: LocalComm, step: Callable[[], Any]) -> list:
-    """Run a step that may fail on one rank: its results on all ranks, or the error on all."""
-    try:
-        outcome = (step(), None)
-    except (S2T2Error, SafetensorError, OSError) as error:
-        outcome = (None, f"rank {comm.rank}: {error}" if comm.size > 1 else str(error))
-    outcomes = comm.gather_objects(outcome)
-    failures = [failure for _, failure in outcomes if failure is not None]
-    if failures:
-        raise ArtifactError(failures[0])
-    return [value for value, _ in outcomes]

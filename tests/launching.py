@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 CPU_SETTINGS = ROOT / "ds_configs" / "cpu.json"
 # Short stages with several checkpoints; rows of 32 tokens from the shared fixtures.
-STAGE = {"train_batch_size": 8, "per_device_train_batch_size": 4, "eval_steps": 8, "save_steps": 5}
+# Two micro-batches per step on two ranks, four on one.
+STAGE = {"train_batch_size": 8, "per_device_train_batch_size": 2, "eval_steps": 8, "save_steps": 5}
 
 
 def write_recipe(folder: Path, base: Path, shards: Path, **changes) -> Path:

@@ -5,7 +5,7 @@ Spawned ranks import this module: it must stay cheap, without the reference libr
 
 import torch
 
-from s2t2_dist.errors import ArtifactError, DataError
+from s2t2_dist.errors import DataError, S2T2Error
 from s2t2_dist.ot import Translator, row_range, sparse_sinkhorn
 from s2t2_dist.translation import save_translation
 
@@ -146,7 +146,7 @@ def write_translation(comm, directory, options):
             vocab_size=options.get("vocab_size", 60),
             info={"method": "dykstra", "statistics": {"entropy": 1.5}},
         )
-    except ArtifactError as error:
+    except S2T2Error as error:
         return str(error)
     return None
 

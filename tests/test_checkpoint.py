@@ -6,7 +6,7 @@ import pytest
 
 from s2t2_dist import artifacts, checkpoint
 from s2t2_dist.comm import LocalComm
-from s2t2_dist.errors import ArtifactError, S2T2Error
+from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error
 from tests.distributed import run_ranks
 
 
@@ -40,7 +40,7 @@ def test_one_without_complete_is_not_a_checkpoint(tmp_path):
     assert checkpoint.find(tmp_path, LocalComm())[1].step == 1
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "no json"])
 def test_a_damaged_one_is_passed_over_for_the_one_before(tmp_path, damage, caplog):
     for step in (1, 2):
         save(tmp_path, position(0, "translate", step))
@@ -52,6 +52,8 @@ def test_a_damaged_one_is_passed_over_for_the_one_before(tmp_path, damage, caplo
         state.write_text("sta")
     elif damage == "remove":
         state.unlink()
+    elif damage == "no json":
+        (newest / artifacts.MANIFEST).write_text("{")
     else:
         manifest = newest / artifacts.MANIFEST
         manifest.write_text(manifest.read_text().replace('"step": 2', '"step": 3'))
@@ -65,13 +67,29 @@ def test_asking_for_a_damaged_one_by_name_is_refused(tmp_path):
     path = tmp_path / "checkpoints/translate-000001"
     (path / "state").write_text("other")
     with pytest.raises(ArtifactError, match="translate-000001/state was altered"):
-        checkpoint.load(tmp_path, path)
+        checkpoint.find(tmp_path, LocalComm(), path)
 
 
 def test_one_of_another_run_is_refused(tmp_path):
     save(tmp_path / "other", position(0, "translate", 1))
     with pytest.raises(ArtifactError, match="is no checkpoint of"):
-        checkpoint.load(tmp_path / "run", tmp_path / "other/checkpoints/translate-000001")
+        checkpoint.find(
+            tmp_path / "run", LocalComm(), tmp_path / "other/checkpoints/translate-000001"
+        )
+
+
+def test_one_that_is_not_the_newest_is_refused_until_the_newer_are_gone(tmp_path):
+    for where in (position(0, "translate", 4), position(0, "translate", 8), position(1, "f", 2)):
+        save(tmp_path, where)
+    checkpoints = tmp_path / "checkpoints"
+    asked = checkpoints / "translate-000004"
+    with pytest.raises(
+        ConfigError, match=r"newer checkpoints \(f-000002, translate-000008\); move"
+    ):
+        checkpoint.find(tmp_path, LocalComm(), asked)
+    for name in ("f-000002", "translate-000008"):
+        (checkpoints / name).rename(tmp_path / name)
+    assert checkpoint.find(tmp_path, LocalComm(), asked) == (asked, position(0, "translate", 4))
 
 
 def test_old_ones_are_removed_only_after_the_new_one_is_there(tmp_path):
@@ -115,3 +133,25 @@ def test_every_ranks_files_are_in_the_manifest(tmp_path):
     path = found[0][0]
     assert artifacts.verify(path)["files"].keys() == {"rank-0", "rank-1"}
     shutil.rmtree(path)
+
+
+def _save_where_rank_1_fails(comm, run_dir) -> tuple[str, bool]:
+    def write(directory) -> None:
+        if comm.rank == 1:
+            raise OSError(28, "No space left on device")
+        (directory / "part").write_text("x")
+
+    where = checkpoint.Position(0, "translate", 4, comm.size, 0)
+    try:
+        checkpoint.save(run_dir, where, write, comm, 2)
+    except S2T2Error as error:
+        return str(error), error.everywhere
+    return "saved", False
+
+
+def test_one_full_disk_is_every_ranks_error(tmp_path):
+    """Without agreement rank 0 would wait for rank 1 until the group's timeout."""
+    found = run_ranks(_save_where_rank_1_fails, 2, tmp_path, tmp_path / "run", timeout=60)
+    assert found[0] == found[1]
+    assert found[0][0].startswith("rank 1: no space left while saving") and found[0][1]
+    assert not list((tmp_path / "run/checkpoints").iterdir())

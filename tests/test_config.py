@@ -65,6 +65,17 @@ def test_overrides_reach_a_stage_by_name_and_by_number(write):
         (["seed"], "not key=value"),
         (["seed.x=1"], "seed"),
         (["stages=[]"], "stages"),
+        (["seed=-1"], "seed: "),
+        (["seed=9223372036854775808"], "seed: "),
+        (["stages.translate.adam_beta1=1"], "stages.0.translate.adam_beta1"),
+        (["stages.finetune.adam_beta2=1.0"], "stages.1.finetune.adam_beta2"),
+        (["stages.translate.entropy_weight=.nan"], "stages.0.translate.entropy_weight"),
+        (["stages.translate.learning_rate=.inf"], "stages.0.translate.learning_rate"),
+        (["stages.translate.name=a/b"], "stages.0.translate.name"),
+        (["stages.translate.name=.."], "stages.0.translate.name"),
+        (["stages=[foo]", "stages.translate.max_steps=3"], "stages.translate is not there"),
+        (["stages=[foo]", "stages.foo.max_steps=3"], "holds a value"),
+        (["stages=[foo]"], "stages.0"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(write, overrides, named):
@@ -87,6 +98,28 @@ def test_a_file_that_is_no_recipe(write, text, named):
 def test_a_missing_recipe_is_named():
     with pytest.raises(ConfigError, match=r"nowhere\.yaml does not exist"):
         load_recipe(Path("nowhere.yaml"))
+
+
+def test_a_directory_is_no_recipe(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot be read .Is a directory"):
+        load_recipe(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["CFT-2", "stage_1"])
+def test_a_stage_may_be_named(write, name):
+    recipe = load_recipe(write(MINIMAL), [f"stages.translate.name={name}"])
+    assert recipe.stages[0].name == name
+
+
+def test_the_largest_seed_is_accepted(write):
+    assert load_recipe(write(MINIMAL), ["seed=9223372036854775807"]).seed == 2**63 - 1
+
+
+def test_a_run_learns_one_plan(write):
+    first, last = MINIMAL["stages"]
+    stages = [first, {**first, "name": "again"}, last]
+    with pytest.raises(ConfigError, match="stage again is a second translate stage"):
+        load_recipe(write({**MINIMAL, "stages": stages}))
 
 
 def test_pretraining_needs_a_config_and_the_other_stages_a_model(write):

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from s2t2_dist import artifacts, cli, export
-from s2t2_dist.config import load_recipe
-from s2t2_dist.data import ShardReader
+from s2t2_dist.config import METHODS, load_recipe
+from s2t2_dist.data import ShardReader, row_at
 from s2t2_dist.errors import ArtifactError, DataError
 from s2t2_dist.release import copy_weights, release, untrained_ids
 from s2t2_dist.verify import UNTRAINED, verify_model
@@ -79,6 +79,16 @@ def test_is_untied_verified_and_described(exported):
     for expected in ("# proteins", f"| {bits:.4f} |", "proteins.fasta", "licences\nof both apply"):
         assert expected in card
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
+    assert f"transport plan, {METHODS['dykstra']};" in card, "the name that the comparison uses"
+
+
+def test_weights_that_cannot_be_read_are_refused_by_evaluate(exported, protein_data, capsys):
+    path = exported / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["evaluate", str(exported), str(protein_data)])
+    assert exit_.value.code == cli.USER_ERROR
+    assert f"{path} is cut or damaged" in capsys.readouterr().err
 
 
 def evaluate_bits(folder):
@@ -116,6 +126,31 @@ def test_untrained_tokens_are_those_of_no_visited_row(run_dir, protein_data):
     seen = {int(i) for row in range(len(reader)) for i in reader[row][: reader.length(row)]}
     assert every == sorted(set(range(64)) - seen)
     assert {1, 2} <= set(every) <= set(few)
+
+
+def test_stages_visit_rows_one_after_the_other(source_model, protein_data, tmp_path):
+    """Two stages of one row each saw the first two rows of the order."""
+    one_row = {"max_steps": 1, "train_batch_size": 1, "per_device_train_batch_size": 1}
+    stages = [{**runs.TRANSLATE, **one_row}, {**runs.FINETUNE, **one_row}]
+    recipe = runs.make_recipe(tmp_path / "run", source_model, protein_data, stages)
+    reader = ShardReader(protein_data, "train")
+    rows = [row_at(position, len(reader), recipe.seed) for position in (0, 1)]
+    seen = {int(i) for row in rows for i in reader[row][: reader.length(row)]}
+    first = {int(i) for i in reader[rows[0]][: reader.length(rows[0])]}
+    assert first < seen, "the second row must add tokens for this test to mean something"
+    assert untrained_ids(recipe, reader) == sorted(set(range(64)) - seen)
+
+
+@pytest.mark.parametrize("size", ["foo", "5", "infGB", ""])
+def test_a_size_that_is_none_is_refused_at_once(tmp_path, capsys, size):
+    with pytest.raises(SystemExit) as exit_:
+        command = ["export", str(tmp_path / "absent"), "--out", str(tmp_path / "out")]
+        cli.main([*command, "--max-shard-size", size])
+    assert exit_.value.code == cli.USER_ERROR
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: max_shard_size: {size!r} is no size")
+    assert message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_equal_rows_of_trained_tokens_are_refused(run_dir, source_model, protein_data, tmp_path):

@@ -112,7 +112,7 @@ def test_altered_shards_are_found(tmp_path):
 def test_require_tokenizer_names_both_hashes(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "tokenizer.json").write_text(json.dumps(name))
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps({"model": name}))
     one, two = tokenizer_sha256(tmp_path / "one"), tokenizer_sha256(tmp_path / "two")
     assert require_tokenizer({"tokenizer_sha256": one}, tmp_path / "one") is None
     with pytest.raises(DataError, match=f"{one}.*{two}"):

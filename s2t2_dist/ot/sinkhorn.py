@@ -18,7 +18,8 @@ from s2t2_dist.errors import ConfigError, DataError
 from s2t2_dist.ot.simplex import above, is_finite, newton_threshold, support_sums
 
 MASS_TOLERANCE = 1e-5  # relative; far above float32 rounding of a sum, far below a wrong unit
-TILE_ENTRIES = 1 << 17  # entries handled together: half a MiB of float32, to stay in cache
+CPU_TILE = 1 << 17  # entries handled together: half a MiB of float32, to stay in cache
+DEVICE_TILE = 1 << 26  # elsewhere: few, large kernels; it bounds the temporary memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,9 +137,9 @@ def _is_positive(marginal: torch.Tensor) -> bool:
 
 
 def _tiles(matrix: torch.Tensor) -> Iterator[slice]:
-    """Blocks of rows small enough to stay in cache through several elementwise passes."""
+    """Blocks of rows that go through several elementwise passes together."""
     rows, columns = matrix.shape
-    height = max(1, TILE_ENTRIES // columns)
+    height = max(1, (CPU_TILE if matrix.is_cpu else DEVICE_TILE) // columns)
     return (slice(start, min(start + height, rows)) for start in range(0, rows, height))
 
 

@@ -1,0 +1,151 @@
+"""A run directory: whose it is, what it was started with, its lock and its status.
+
+`config.yaml` holds the resolved recipe, `inputs.json` what identifies the files it names. A start
+with the same of both goes on with the run; anything else is refused. Rank 0 holds `.lock` while
+a job runs.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+
+import yaml
+
+from s2t2_dist import artifacts
+from s2t2_dist.config import Recipe, changed_keys, recipe_values
+from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error
+
+STATUS = "status.json"
+CONFIG = "config.yaml"
+INPUTS = "inputs.json"
+LOCK = ".lock"
+
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def claimed(run_dir: Path, recipe: Recipe, inputs: dict, resume: str) -> Iterator[None]:
+    """Make or take over a run directory and hold its lock. On rank 0 only.
+
+    Args:
+        inputs: from `identify_inputs`.
+        resume: `auto`, `never` or the path of a checkpoint, as in `trainer.run`.
+
+    Raises:
+        ConfigError: it is there with another recipe or other inputs (names what changed), or
+            does not fit `resume`.
+        ArtifactError: something else is there.
+        S2T2Error: another job runs in it.
+    """
+    _check(run_dir, recipe, inputs, resume)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / LOCK).open("a+", encoding="utf-8") as lock:
+        _take(lock, run_dir)
+        if not (run_dir / CONFIG).exists():
+            artifacts.write_json(run_dir / INPUTS, inputs)
+        # Last, as it makes this a run directory; rewritten for the keys that may change.
+        values = recipe_values(recipe)
+        artifacts.write_text(run_dir / CONFIG, yaml.safe_dump(values, sort_keys=False))
+        yield
+
+
+def identify_inputs(data_dir: Path, deepspeed: dict, model_dir: Path | None) -> dict:
+    """What the files behind a recipe's paths are, without reading large ones.
+
+    Args:
+        model_dir: the base model; None where the run starts from a config.
+    """
+    inputs = {
+        "data manifest sha256": artifacts.sha256_file(data_dir / artifacts.MANIFEST),
+        "deepspeed settings sha256": artifacts.sha256_json(deepspeed),
+    }
+    if model_dir is not None:
+        inputs["model config.json sha256"] = artifacts.sha256_file(model_dir / "config.json")
+        weights = {path.name: path.stat().st_size for path in model_dir.glob("*.safetensors")}
+        inputs["model weight files (bytes)"] = weights
+    return inputs
+
+
+def read_state(run_dir: Path) -> str | None:
+    """The state in a run's `status.json`: running, preempted, failed or done."""
+    path = run_dir / STATUS
+    return artifacts.read_json(path)["state"] if path.exists() else None
+
+
+def write_status(run_dir: Path, state: str, **more: object) -> None:
+    """Replace `status.json`. On rank 0 only."""
+    where = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+    artifacts.write_json(run_dir / STATUS, {"state": state, **more, **where})
+
+
+def _check(run_dir: Path, recipe: Recipe, inputs: dict, resume: str) -> None:
+    config = run_dir / CONFIG
+    if not config.exists():
+        # A job that was killed as it began may have left these two.
+        if run_dir.exists() and {path.name for path in run_dir.iterdir()} - {LOCK, INPUTS}:
+            raise ArtifactError(
+                f"{run_dir} exists and is no run directory (no {CONFIG} in it); choose another "
+                "output_dir or remove it yourself"
+            )
+        if resume not in ("auto", "never"):
+            raise ConfigError(f"--resume {resume}: {run_dir} holds no run to resume")
+        return
+    if resume == "never":
+        raise ConfigError(f"{run_dir} holds a run and --resume is never; choose another output_dir")
+    old = _decisive(yaml.safe_load(config.read_text(encoding="utf-8")))
+    changes = changed_keys(old, _decisive(recipe_values(recipe)))
+    if changes:
+        raise ConfigError(
+            f"{run_dir} was started with another recipe ({'; '.join(changes)}); "
+            "undo the change or choose another output_dir"
+        )
+    changes = changed_keys(artifacts.read_json(run_dir / INPUTS), inputs)
+    if changes:
+        raise ConfigError(
+            f"{run_dir} was started with other files ({'; '.join(changes)}); "
+            "bring them back or choose another output_dir"
+        )
+
+
+def _decisive(values: dict) -> dict:
+    """A resolved recipe without the keys that cannot change a result, which a resume may set."""
+    values = deepcopy(values)
+    for key in ("output_dir", "tracking", "save_total_limit"):
+        values.pop(key, None)
+    for stage in values["stages"]:
+        stage.pop("save_steps", None)
+    return values
+
+
+def _take(lock, run_dir: Path) -> None:
+    """Lock an open file for as long as it is open, and write who holds it.
+
+    Best effort: it guards against a second job whose rank 0 can see the first one's lock, which a
+    network file system without flock does not show. The kernel drops it with the process.
+    """
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = json.loads(lock.read() or "{}")
+        pid, host = holder.get("pid", "unknown"), holder.get("host", "unknown")
+        raise S2T2Error(
+            f"{run_dir} is in use by process {pid} on {host}; wait until it is done, or stop it "
+            f"there (kill {pid}) and start again"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        _log.warning("%s cannot be locked (%s): start no second job in it", run_dir, error)
+        return
+    lock.truncate(0)
+    lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+    lock.flush()

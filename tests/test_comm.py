@@ -1,0 +1,55 @@
+"""Agreement between ranks: one rank's failure is every rank's error, and nobody waits."""
+
+import errno
+
+import pytest
+from safetensors import SafetensorError
+
+from s2t2_dist.comm import LocalComm, agree
+from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error
+from tests.distributed import run_ranks
+
+
+def fail(error: Exception):
+    raise error
+
+
+def _outcome(comm, failing: list[int]) -> tuple:
+    try:
+        step = (lambda: fail(ConfigError("no data"))) if comm.rank in failing else (lambda: 7)
+        return "result", agree(comm, step, "reading"), None
+    except S2T2Error as error:
+        return type(error), str(error), error.everywhere
+
+
+def _outcomes(comm) -> list[tuple]:
+    return [_outcome(comm, failing) for failing in ([], [1], [0, 1])]
+
+
+def test_where_one_rank_fails_all_raise_the_same(tmp_path):
+    zero, one = run_ranks(_outcomes, 2, tmp_path)
+    assert zero == one
+    nobody, second, both = zero
+    assert nobody == ("result", 7, None)
+    assert second == (ConfigError, "rank 1: no data", True)
+    assert both == (ConfigError, "no data", True)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (ArtifactError("x was altered"), ArtifactError, "^x was altered$"),
+        (OSError(errno.ENOSPC, "full"), S2T2Error, "no space left while writing x"),
+        (OSError(errno.EIO, "broken"), S2T2Error, "writing x: .*broken"),
+        (SafetensorError("bad header"), S2T2Error, "writing x: bad header"),
+    ],
+)
+def test_what_the_disk_does_is_one_of_our_errors(error, kind, text):
+    with pytest.raises(kind, match=text) as raised:
+        agree(LocalComm(), lambda: fail(error), "writing x")
+    assert raised.value.everywhere
+
+
+def test_a_bug_stays_a_bug():
+    with pytest.raises(ZeroDivisionError):
+        agree(LocalComm(), lambda: 1 / 0, "dividing")
