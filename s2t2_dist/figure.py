@@ -69,7 +69,8 @@ def _draw_curves(axes: Axes, runs: dict[str, FinishedRun], baselines: dict[str, 
     floor, ceiling = list(baselines.values()), list(baselines.values())
     for (label, run), colour in zip(runs.items(), itertools.cycle(COLOURS), strict=False):
         points = _draw_run(axes, run, colour)
-        axes.plot([], [], "o-", color=colour, label=label, markeredgecolor="white")
+        ending = f"{label}: {points[-1]:.3f}"
+        axes.plot([], [], "o-", color=colour, label=ending, markeredgecolor="white")
         floor.append(min(points))
         ceiling.append(min(points[0], HIGHEST * max(baselines.values())))
     for label, bits in baselines.items():
@@ -104,8 +105,6 @@ def _draw_run(axes: Axes, run: FinishedRun, colour: str) -> list[float]:
             axes.annotate(
                 f" {stage.name}", (start, 0.01), xycoords=place, va="bottom", color=colour
             )
-    text = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "weight": "bold"}
-    axes.annotate(f"{points[-1]:.3f}", (at[-1], points[-1]), color=colour, **text)
     return points
 
 

@@ -74,7 +74,7 @@ def run(recipe: Recipe, resume: str = "auto") -> int:
     device = engine.init_distributed()
     world = comm.world_comm()
     try:
-        code = _run(recipe, resume, world, device)
+        code = _run_job(recipe, resume, world, device)
     except S2T2Error as error:
         if error.everywhere:  # else the other ranks may still be waiting in a collective
             comm.destroy()
@@ -83,7 +83,7 @@ def run(recipe: Recipe, resume: str = "auto") -> int:
     return code
 
 
-def _run(recipe: Recipe, resume: str, world: comm.LocalComm, device: torch.device) -> int:
+def _run_job(recipe: Recipe, resume: str, world: comm.LocalComm, device: torch.device) -> int:
     context = agree(world, lambda: _open_inputs(recipe, world, device), "opening the inputs")
     with contextlib.ExitStack() as held:
         state = agree(world, lambda: _claim(context, resume, held), "making the run directory")
