@@ -235,23 +235,20 @@ def _report(out: Path, made: bool) -> None:
     print(f"{out} written" if made else f"{out} is already complete")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     """Entry point of the console script.
 
     Ends the process without the interpreter's shutdown: gloo's threads live that long, and one
     that then lets go of a tensor aborts the process (seen as exit code 134 once in ten).
-
-    Args:
-        arguments: default: the command line.
     """
-    code = _run(arguments)
+    code = run(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def _run(arguments: list[str] | None) -> int:
-    """Run a command; returns its exit code."""
+def run(arguments: list[str]) -> int:
+    """Run a command, such as ["data", "verify", "DIR"]; returns its exit code."""
     try:
         app(args=arguments)
     except SystemExit as end:  # how typer ends every command
@@ -259,7 +256,7 @@ def _run(arguments: list[str] | None) -> int:
     except S2T2Error as error:
         problem = error
     except OSError as error:
-        problem = artifacts.disk_error(error, f"running s2t2 {' '.join(sys.argv[1:3])}")
+        problem = artifacts.disk_error(error, f"running s2t2 {' '.join(arguments[:2])}")
         if problem is None:
             raise
     line = _one_line(problem)

@@ -5,4 +5,5 @@ import sys
 from s2t2_dist.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    sys.argv.insert(1, "train")
+    main()

@@ -176,9 +176,8 @@ def test_unfinished_run_is_named(runs, tmp_path, capsys):
     shutil.copytree(runs[1], tmp_path / "cut")
     (tmp_path / "cut" / "status.json").write_text('{"state": "preempted"}')
     arguments = ["compare", str(runs[0]), str(tmp_path / "cut"), "--out", str(tmp_path / "out")]
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(arguments)
-    assert exit_.value.code == cli.USER_ERROR
+    code = cli.run(arguments)
+    assert code == cli.USER_ERROR
     assert f"{tmp_path / 'cut'} is preempted, not done" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -193,9 +192,8 @@ def test_other_text_is_refused(runs, source_model, protein_fasta, protein_tokeni
 
 
 def test_command_prints_the_table(runs, tmp_path, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(["compare", *map(str, runs), "--out", str(tmp_path / "out")])
-    assert exit_.value.code == 0
+    code = cli.run(["compare", *map(str, runs), "--out", str(tmp_path / "out")])
+    assert code == 0
     printed = capsys.readouterr().out
     assert "* S2T2 + CFT" in printed
     assert "4.100" in printed
@@ -223,9 +221,8 @@ def test_show_names_the_sharpest_tokens(runs, source_model, protein_tokenizer, c
     assert sharpest_columns(translation, 63) == list(range(63))
     assert top_sources(translation, 3, 5) == [(15, 1.0)]
     assert top_sources(translation, 63, 2)[0][1] == pytest.approx(1 / 400, rel=1e-6)
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(["translation", "show", str(runs[0] / "translation"), "--top", "2"])
-    assert exit_.value.code == 0
+    code = cli.run(["translation", "show", str(runs[0] / "translation"), "--top", "2"])
+    assert code == 0
     printed = capsys.readouterr().out
     source = AutoTokenizer.from_pretrained(source_model).convert_ids_to_tokens(15)
     target = AutoTokenizer.from_pretrained(protein_tokenizer).convert_ids_to_tokens(3)
@@ -236,7 +233,6 @@ def test_show_names_the_sharpest_tokens(runs, source_model, protein_tokenizer, c
 
 def test_show_refuses_another_tokenizer(runs, protein_tokenizer, capsys):
     path = str(runs[0] / "translation")
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(["translation", "show", path, "--source-tokenizer", str(protein_tokenizer)])
-    assert exit_.value.code == cli.USER_ERROR
+    code = cli.run(["translation", "show", path, "--source-tokenizer", str(protein_tokenizer)])
+    assert code == cli.USER_ERROR
     assert "the translation was learned for" in capsys.readouterr().err

@@ -82,23 +82,20 @@ def test_padding_is_not_predicted(protein_data):
 
 
 def test_command_prints_what_evaluate_finds(oracle, source_model, source_data, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(["evaluate", str(source_model), str(source_data), "--batch-size", "32"])
+    code = cli.run(["evaluate", str(source_model), str(source_data), "--batch-size", "32"])
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert exit_.value.code == 0
+    assert code == 0
     assert float(lines["loss"].split()[0]) == pytest.approx(oracle.loss, abs=2e-6)  # as printed
     assert f"{oracle.tokens:,} tokens, {oracle.bytes:,} bytes" in lines["tokens"]
 
 
 def test_command_refuses_data_of_another_tokenizer(source_model, protein_data, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(["evaluate", str(source_model), str(protein_data)])
-    assert exit_.value.code == cli.USER_ERROR
+    code = cli.run(["evaluate", str(source_model), str(protein_data)])
+    assert code == cli.USER_ERROR
     assert "were made with the tokenizer" in capsys.readouterr().err
 
 
 def test_command_refuses_a_folder_without_a_model(protein_tokenizer, protein_data, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(["evaluate", str(protein_tokenizer), str(protein_data)])
-    assert exit_.value.code == cli.USER_ERROR
+    code = cli.run(["evaluate", str(protein_tokenizer), str(protein_data)])
+    assert code == cli.USER_ERROR
     assert "no Hugging Face model folder" in capsys.readouterr().err

@@ -85,9 +85,8 @@ def test_is_untied_verified_and_described(exported):
 def test_weights_that_cannot_be_read_are_refused_by_evaluate(exported, protein_data, capsys):
     path = exported / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(["evaluate", str(exported), str(protein_data)])
-    assert exit_.value.code == cli.USER_ERROR
+    code = cli.run(["evaluate", str(exported), str(protein_data)])
+    assert code == cli.USER_ERROR
     assert f"{path} is cut or damaged" in capsys.readouterr().err
 
 
@@ -143,10 +142,9 @@ def test_stages_visit_rows_one_after_the_other(source_model, protein_data, tmp_p
 
 @pytest.mark.parametrize("size", ["foo", "5", "infGB", ""])
 def test_a_size_that_is_none_is_refused_at_once(tmp_path, capsys, size):
-    with pytest.raises(SystemExit) as exit_:
-        command = ["export", str(tmp_path / "absent"), "--out", str(tmp_path / "out")]
-        cli.main([*command, "--max-shard-size", size])
-    assert exit_.value.code == cli.USER_ERROR
+    command = ["export", str(tmp_path / "absent"), "--out", str(tmp_path / "out")]
+    code = cli.run([*command, "--max-shard-size", size])
+    assert code == cli.USER_ERROR
     message = capsys.readouterr().err
     assert message.startswith(f"error: max_shard_size: {size!r} is no size")
     assert message.count("\n") == 1
@@ -188,9 +186,8 @@ def test_an_altered_run_is_refused(run_dir, tmp_path):
 
 def test_nothing_is_overwritten(run_dir, tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(["export", str(run_dir), "--out", str(tmp_path / "out")])
-    assert exit_.value.code == cli.USER_ERROR
+    code = cli.run(["export", str(run_dir), "--out", str(tmp_path / "out")])
+    assert code == cli.USER_ERROR
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'out'} exists")
     assert not list((tmp_path / "out").iterdir())
 

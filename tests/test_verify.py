@@ -195,10 +195,9 @@ def test_no_model_at_all(tmp_path):
 def test_command_names_the_first_failure_on_one_line(model, capsys):
     change_weights(model, lambda w: w[HEAD][300].zero_())
     change_json(model, "generation_config.json", eos_token_id=50)
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(["verify", str(model)])
+    code = cli.run(["verify", str(model)])
     output = capsys.readouterr()
-    assert exit_.value.code == cli.USER_ERROR
+    assert code == cli.USER_ERROR
     assert "zero rows" in output.out and "FAIL" in output.out
     assert output.err.count("\n") == 1
     assert "failed 'zero rows': LM head rows that are zero: 300" in output.err
@@ -208,7 +207,6 @@ def test_command_names_the_first_failure_on_one_line(model, capsys):
 
 
 def test_command_passes_a_good_model(model, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(["verify", str(model)])
-    assert exit_.value.code == 0
+    code = cli.run(["verify", str(model)])
+    assert code == 0
     assert "FAIL" not in capsys.readouterr().out
