@@ -3,7 +3,6 @@
 The other one, which learns the transport plan, is in `translate`.
 """
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -33,7 +32,6 @@ def starting_model(context: Context, stage: Stage) -> Path:
     def make() -> None:
         if context.comm.rank != 0 or artifacts.is_complete(folder):
             return
-        shutil.rmtree(folder, ignore_errors=True)
         record = {"kind": "model", "stage": stage.name}
         with artifacts.sealed_directory(folder, record) as temporary:
             _make_starting_model(context, stage, temporary)

@@ -209,6 +209,8 @@ class Trainer:
         if not resuming:
             evaluation = self._evaluate(runner, stage)
             self._log(stage, index, 0, evaluation.metrics(), progress)
+        elif start == stage.max_steps:  # its last evaluation is in the metrics already
+            evaluation = self._evaluate(runner, stage)
         for step in range(start, stage.max_steps):
             values = self._step(runner, stage, index, step)
             done = step + 1
@@ -221,8 +223,6 @@ class Trainer:
                 self._save(runner, stage, index, done)
             if stopping and done < stage.max_steps:
                 raise PreemptedError
-        if start == stage.max_steps:  # resumed after the last step: its evaluation is logged
-            evaluation = self._evaluate(runner, stage)
         record = {"recipe": recipe_values(self.recipe), "evaluation": asdict(evaluation)}
         runner.finish({**record, "stage": stage.name, "s2t2_dist": version("s2t2-dist")})
         runner.close()

@@ -25,6 +25,18 @@ PROTEIN_VOCAB = 64
 SOURCE_VOCAB = 400
 
 
+def write_fasta(path: Path, records: dict[str, str]) -> Path:
+    """One record per id, with the rest of a UniRef header; the sequence on one line."""
+    path.write_text("".join(f">{name} n=1\n{text}\n" for name, text in records.items()))
+    return path
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    """One document per line."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
 def make_source_model(
     folder: Path, tokenizer: Path, *, tied: bool = True, dtype: torch.dtype = torch.float32
 ) -> Path:

@@ -1,6 +1,5 @@
 """`data build` read back: nothing lost, nothing in file order, the split by id alone."""
 
-import json
 import random
 from collections import Counter
 
@@ -15,6 +14,7 @@ from data_prep.tokenizer import train_tokenizer
 from s2t2_dist import artifacts
 from s2t2_dist.errors import ArtifactError, DataError
 from s2t2_dist.shards import SPLITS, ShardReader, tokenizer_sha256
+from tests.conftest import write_fasta, write_jsonl
 
 OPTIONS = BuildOptions(context=32, validation_fraction=0.3)
 
@@ -23,16 +23,6 @@ def proteins(count=200, seed=0):
     rng = random.Random(seed)
     letters = RESIDUES * 20 + RARE_RESIDUES
     return {f"UniRef50_{seed}_{i}": "".join(rng.choices(letters, k=20 + i)) for i in range(count)}
-
-
-def write_fasta(path, records):
-    path.write_text("".join(f">{name} n=1\n{text}\n" for name, text in records.items()))
-    return path
-
-
-def write_jsonl(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
 
 
 @pytest.fixture(scope="module")

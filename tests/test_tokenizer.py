@@ -14,6 +14,7 @@ from data_prep.tokenizer import load_tokenizer, sample_documents, train_tokenize
 from s2t2_dist import artifacts
 from s2t2_dist.errors import ArtifactError, DataError
 from s2t2_dist.shards import tokenizer_sha256
+from tests.conftest import write_fasta, write_jsonl
 
 PROSE = [
     "The quick brown fox jumps over the lazy dog; the dog sleeps.",
@@ -30,16 +31,6 @@ def proteins(count=300, seed=0):
         f"p{i}": "".join(rng.choice([*RESIDUES, "WC", "WC", "GHK"]) for _ in range(60))
         for i in range(count)
     }
-
-
-def write_fasta(path, records):
-    path.write_text("".join(f">{name}\n{text}\n" for name, text in records.items()))
-    return path
-
-
-def write_jsonl(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
 
 
 @pytest.fixture(scope="module")
