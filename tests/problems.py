@@ -19,6 +19,9 @@ def make_cost(kind, V, U, unit=1.0, seed=0):
         cost = torch.full((V, U), 0.3, dtype=torch.float64)
     elif kind == "tied":
         cost = torch.randint(0, 3, (V, U), generator=random).double() / 2
+    elif kind == "duplicated rows":
+        cost = torch.randint(0, 9, (V, U), generator=random).double() / 4
+        cost = cost[torch.arange(V) // 3]
     elif kind in ("one-hot", "near one-hot"):
         cost = torch.zeros(V, U, dtype=torch.float64)
         cost[torch.arange(V), torch.arange(V) % U] = 1
@@ -77,6 +80,18 @@ def solve_cases(comm):
     return answers
 
 
+def solve_single(comm):
+    """Plan and gradient of this rank's rows of a float32 problem."""
+    V, U = 257, 64
+    mu, nu, _ = make_marginals("skewed", V, U)
+    rows = uneven_rows(V, comm.rank, comm.size)
+    cost = make_cost("random", V, U, seed=3).detach().float()[rows].requires_grad_()
+    result = sparse_sinkhorn(cost, V * mu[rows], V * nu, comm=comm)
+    weights = torch.randn(V, U, generator=torch.manual_seed(0))
+    (grad,) = torch.autograd.grad(result.plan, cost, weights[rows])
+    return result.plan.detach(), grad
+
+
 def refusal(comm):
     """The error of a solve in which the last rank alone holds a bad entry."""
     cost = torch.zeros(2, 2)
@@ -90,7 +105,7 @@ def refusal(comm):
 
 
 def solve_and_refuse(comm):
-    return solve_cases(comm), refusal(comm)
+    return solve_cases(comm), solve_single(comm), refusal(comm)
 
 
 def translator_inputs(V=30, U=12, D=8, tied=False):
@@ -107,12 +122,19 @@ def leaf_loss(embed_UD, head_UD, rank):
     return (rank + 1) * ((embed_UD * head_UD.roll(1, 0)).sin().sum() + head_UD.square().sum() / 9)
 
 
+def dense_rows(translator):
+    """This rank's rows of the plan, total mass 1 over all ranks."""
+    transport = translator.transports["plan"]
+    tiles = [tile.to_dense() for tile in transport.plan_tiles()]
+    return torch.cat([torch.zeros(0, transport.cost.shape[1]), *tiles])
+
+
 def translate_rows(comm, ranks, settings, alpha=0.1):
     """One translate and backward of this rank's rows; `ranks` losses are spread over the ranks."""
     embed, head, mu, nu, step = translator_inputs()
     rows = slice(*row_range(len(mu), comm.rank, comm.size))
     translator = Translator(embed[rows], head[rows], mu[rows], nu, comm=comm, **settings)
-    translator.cost.data += step[rows] * translator.mass / translator.rows
+    translator.transports["plan"].cost.data += step[rows] * translator.mass / translator.rows
     translated = translator.translate()
     for rank in range(comm.rank, ranks, comm.size):
         leaf_loss(translated.embed_UD, translated.head_UD, rank).backward()
@@ -120,23 +142,23 @@ def translate_rows(comm, ranks, settings, alpha=0.1):
     return {
         "embed": translated.embed_UD.detach(),
         "head": translated.head_UD.detach(),
-        "grad": translator.cost.grad.clone(),
-        "statistics": translator.statistics(),
-        "plan": translator.plan_rows(),
+        "grad": translator.transports["plan"].cost.grad.clone(),
+        "plan": dense_rows(translator),
         "norm": translator.clip_grad_norm(1e-3),
-        "clipped": translator.cost.grad,
+        "statistics": translator.statistics(),
+        "clipped": translator.transports["plan"].cost.grad,
     }
 
 
 def write_translation(comm, directory, options):
     """Save this rank's rows of a plan; the error's text where that fails."""
-    plan, ids, mu, nu = translation_parts()
+    plans, ids, mu, nu = translation_parts(options.get("plans", "shared"))
     rows = slice(*row_range(len(mu), comm.rank, comm.size))
     try:
         save_translation(
             directory,
             comm,
-            plan_rows=plan[rows],
+            plans={name: csr_tiles(plan[rows]) for name, plan in plans.items()},
             source_token_ids=ids[rows],
             source_marginal=mu[rows],
             target_marginal=nu,
@@ -151,9 +173,17 @@ def write_translation(comm, directory, options):
     return None
 
 
-def translation_parts():
-    """A sparse plan of 30 of 60 source tokens: (plan, token ids, mu, nu)."""
+def csr_tiles(plan, height=7):
+    """What `Transport.plan_tiles` gives, with several tiles."""
+    return [tile.to_sparse_csr() for tile in plan.split(height)] if len(plan) else []
+
+
+def translation_parts(plans="shared"):
+    """Sparse plans of 30 of 60 source tokens: (dense plans by name, token ids, mu, nu)."""
     embed, head, mu, nu, step = translator_inputs()
-    translator = Translator(embed, head, mu, nu)
-    translator.cost.data += step
-    return translator.plan_rows(), torch.arange(30) * 2, mu, nu
+    translator = Translator(embed, head, mu, nu, plans=plans)
+    found = {}
+    for number, (name, transport) in enumerate(translator.transports.items(), start=1):
+        transport.cost.data += number * step
+        found[name] = torch.cat([tile.to_dense() for tile in transport.plan_tiles()])
+    return found, torch.arange(30) * 2, mu, nu

@@ -97,6 +97,64 @@ def newton_threshold(
     return threshold
 
 
+class NewtonSearch:
+    """The thresholds of many slices at once, from sums that others make.
+
+    The first step may start anywhere, because Newton on a convex function lands left of the root;
+    from there a threshold only rises, so supports are nested, and one that keeps its count is
+    final. A slice that has stopped is frozen: its result does not depend on the slices beside it.
+
+    Args:
+        top: the largest entry of each slice; its dtype is the thresholds'.
+        scale: total of each projection, float64.
+        guess: where to start.
+
+    Attributes:
+        threshold: (K,), final where a slice no longer moves.
+        count: (K,) float64, entries above it.
+    """
+
+    def __init__(self, top: torch.Tensor, scale: torch.Tensor, guess: torch.Tensor):
+        self.scale = scale
+        self.ceiling = below(top)
+        self.floor = torch.minimum((top - scale).to(top.dtype), self.ceiling)
+        self.threshold = guess.clone()
+        self.count = torch.full_like(scale, math.inf)
+        self.moving = torch.arange(len(scale), device=scale.device)
+
+    def update(self, count: torch.Tensor, excess: torch.Tensor) -> torch.Tensor:
+        """One step of the slices that move, from their sums; returns those that still move."""
+        i = self.moving
+        threshold, moves = newton_step(
+            self.threshold[i], self.floor[i], self.ceiling[i],
+            self.count[i], count, excess, self.scale[i],
+        )  # fmt: skip
+        self.threshold[i] = self.floor[i] = threshold
+        self.count[i] = count
+        self.moving = i[moves]
+        return self.moving
+
+
+def newton_step(
+    threshold: torch.Tensor,
+    floor: torch.Tensor,
+    ceiling: torch.Tensor,
+    before: torch.Tensor,
+    count: torch.Tensor,
+    excess: torch.Tensor,
+    scale: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next thresholds, and which of them move: those whose count is not the one before."""
+    moves = count != before
+    newton = (threshold + (excess - scale) / count).to(threshold.dtype)
+    return torch.where(moves, torch.clamp(newton, floor, ceiling), threshold), moves
+
+
+def below(top: torch.Tensor) -> torch.Tensor:
+    """The largest threshold that no rounding can make an empty support of."""
+    return torch.nextafter(top, torch.full_like(top, -math.inf))
+
+
 def above(z: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
     """The support, `z > threshold`, as ones and zeros of z's dtype.
 

@@ -1,6 +1,7 @@
 """The translation stage's layer: from the learned matrix C to the target vocabulary's E' and L'.
 
-Shapes: V source rows of this rank (`row_range` cuts them), U target tokens, D model width.
+Shapes: V source rows of this rank (`row_range` cuts them), U target tokens, D model width, K
+columns of what a plan translates: D or 2 D.
 E' = (P^T * 1/mu) E and L' = (P * 1/nu)^T L (paper, section 2), with P = Sinkhorn(C).
 """
 
@@ -11,9 +12,10 @@ import torch
 
 from s2t2_dist.comm import LocalComm
 from s2t2_dist.errors import ConfigError
-from s2t2_dist.ot.sinkhorn import measure_plan, sparse_sinkhorn
+from s2t2_dist.ot.sinkhorn import check_marginals
+from s2t2_dist.ot.transport import Solved, Transport
 
-METHODS = ("dykstra", "dense", "plain")
+METHODS = ("dykstra", "dual", "dense", "plain")
 
 
 def row_range(rows: int, rank: int, size: int) -> tuple[int, int]:
@@ -29,14 +31,14 @@ class Translated:
 
     Attributes:
         embed_UD, head_UD: float32 leaf tensors, the same on every rank.
-        entropy: H(P) = -sum P log P in nats, with P of total mass 1.
-        plan_VU: this rank's rows of P in the units of C, attached to C's graph.
+        entropy: H(P) = -sum P log P in nats, with P of total mass 1; of separate plans, the sum.
+        solved: what each transport needs for its backward.
     """
 
     embed_UD: torch.Tensor
     head_UD: torch.Tensor
     entropy: float
-    plan_VU: torch.Tensor
+    solved: list[Solved]
 
 
 class Translator:
@@ -47,25 +49,28 @@ class Translator:
     paper's probabilities. The sparse projections are homogeneous: proportional C give the same
     E' and L' in both.
 
-    Communication, each on every rank: the solver's, one U x D sum for each of E' and L' in
-    `translate` and in `backward`, and scalars.
+    Communication, each on every rank: the solver's, one U x K sum in `translate` and one in
+    `backward`, and scalars; per plan.
 
     Args:
         embed_VD: this rank's rows of the embedding.
         head_VD: those of the LM head; the same tensor when tied.
         source_marginal_V: mu of this rank's rows, positive; 1 in total over all ranks.
         target_marginal_U: nu, positive, total 1.
-        method: "dykstra" (S2T2), "dense" (softmax) or "plain" (P is the parameter itself).
-        iterations: Sinkhorn iterations; unused by "plain".
+        method: "dykstra" (S2T2), "dual" (its limit), "dense" (softmax) or "plain" (P is the
+            parameter itself).
+        iterations: Sinkhorn iterations, or the most that `dual` takes; unused by "plain".
+        tolerance: of "dual", see `sparse_sinkhorn`.
         embed_scale: "paper" divides by mu, "convex" by nu (rows of E' are then averages of rows
             of E).
         units: "row_mass" or "literal".
+        plans: "shared", or "separate" for one C and P for E and another for L (paper, section 2).
         comm: the ranks that share the rows.
 
     Attributes:
-        cost: C as a float32 parameter (V, U). It starts as the constant 1/V of the paper (1 in
-            row_mass units), which makes P uniform where the marginals are; "plain" starts at
-            P = mu nu^T.
+        transports: one per plan, by name: "plan", or "embed" and "head". The `cost` of each is
+            C, which starts as the constant 1/V of the paper (1 in row_mass units): that makes P
+            uniform where the marginals are. "plain" starts at P = mu nu^T.
     """
 
     def __init__(
@@ -77,78 +82,88 @@ class Translator:
         *,
         method: str = "dykstra",
         iterations: int = 3,
+        tolerance: float | None = None,
         embed_scale: str = "paper",
         units: str = "row_mass",
+        plans: str = "shared",
         comm: LocalComm | None = None,
     ):
         _check_choice("method", method, METHODS)
         _check_choice("embed_scale", embed_scale, ("paper", "convex"))
         _check_choice("units", units, ("row_mass", "literal"))
+        _check_choice("plans", plans, ("shared", "separate"))
         self.comm = comm or LocalComm()
-        self.method, self.iterations = method, iterations
-        self.embed_VD = embed_VD.detach().float()
-        self.head_VD = self.embed_VD if head_VD is embed_VD else head_VD.detach().float()
-        device = self.embed_VD.device
+        device = embed_VD.device
         mu = source_marginal_V.to(device, torch.float64)
-        rows, total = self.comm.sum_(torch.stack((mu.new_tensor(len(mu)), mu.sum()))).tolist()
-        assert math.isclose(total, 1, rel_tol=1e-4), f"source marginal sums to {total}, not 1"
-        self.rows = int(rows)
-        self.mass = rows if units == "row_mass" else 1.0
-        self.mu = mu * self.mass
-        self.nu = target_marginal_U.to(device, torch.float64) * self.mass
-        by_source, by_target = 1 / self.mu.float()[:, None], 1 / self.nu.float()[:, None]
-        paper = embed_scale == "paper"
+        nu = target_marginal_U.to(device, torch.float64)
+        check_marginals((len(embed_VD), len(nu)), mu, nu, self.comm)
+        tied = head_VD is embed_VD
+        self.rows = int(self.comm.sum_(mu.new_tensor([len(mu)])).item())
+        self.mass = self.rows if units == "row_mass" else 1.0
+        mu, nu = mu * self.mass, nu * self.mass
+        self.width = embed_VD.shape[1]
         # E' = embed_out * P^T (embed_in * E) and L' = head_out * P^T L
-        self._embed_in = by_source if paper else torch.ones_like(by_source)
-        self._embed_out = torch.ones_like(by_target) if paper else by_target
-        self._head_out = by_target
-        self.cost = torch.nn.Parameter(self._initial_cost())
-        self._statistics: dict[str, float] = {}
+        self._head_out = 1 / nu.float()[:, None]
+        self._embed_out, embed_in = self._head_out, None
+        if embed_scale == "paper":
+            common = self._common_value(mu)
+            self._embed_out = 1 / (common or 1.0)
+            embed_in = None if common else 1 / mu.float()[:, None]
+        options = {"method": method, "iterations": iterations, "tolerance": tolerance}
+        values = _values(embed_VD.detach(), head_VD.detach(), embed_in, plans, tied)
+        self.transports = {
+            name: Transport(values_VK, mu, nu, self.rows, self.mass, self.comm, **options)
+            for name, values_VK in values.items()
+        }
 
-    def _initial_cost(self) -> torch.Tensor:
-        if self.method == "plain":
-            return (self.mu[:, None] * (self.nu / self.mass)).float()
-        value = self.mass / self.rows
-        return torch.full((len(self.mu), len(self.nu)), value, device=self.mu.device)
+    @property
+    def costs(self) -> list[torch.nn.Parameter]:
+        """Every C of this rank: what an optimizer steps."""
+        return [transport.cost for transport in self.transports.values()]
 
     def translate(self) -> Translated:
-        """Solve for P and make E' and L'. Once per optimizer step, however many micro-batches."""
-        plan_VU = self._solve()
-        plan = plan_VU.detach()
-        embed_UD = self.comm.sum_(plan.T @ (self.embed_VD * self._embed_in)) * self._embed_out
-        head_UD = self.comm.sum_(plan.T @ self.head_VD) * self._head_out
+        """Solve for P and make E' and L'. Once per optimizer step, however many micro-batches.
+
+        Raises:
+            DataError: on every rank, when C is not finite.
+        """
+        transports = list(self.transports.values())
+        found, solved = zip(*(transport.translate() for transport in transports), strict=True)
+        D = self.width
         return Translated(
-            embed_UD=embed_UD.requires_grad_(),
-            head_UD=head_UD.requires_grad_(),
-            entropy=self._statistics["entropy"],
-            plan_VU=plan_VU,
+            embed_UD=(found[0][:, :D] * self._embed_out).requires_grad_(),
+            head_UD=(found[-1][:, -D:] * self._head_out).requires_grad_(),
+            entropy=sum(transport.statistics["entropy"] for transport in transports),
+            solved=list(solved),
         )
 
     def backward(self, translated: Translated, entropy_weight: float = 0.0) -> None:
-        """Set `cost.grad` to the gradient of (sum over ranks of their losses) + alpha * H(P).
+        """Make every `cost.grad`: that of (sum over ranks of their losses) + alpha * H(P).
 
-        So each rank divides its loss by the global number of tokens before its own backward. The
-        leaves' gradients are reduced in place; a rank that had no batch counts as zero.
+        So each rank divides its loss by the global number of tokens before its own backward; a
+        rank that had no batch counts as zero. The thresholds found are the next step's guesses.
         """
-        embed_grad_UD = self._reduced_grad(translated.embed_UD)
-        head_grad_UD = self._reduced_grad(translated.head_UD)
-        grad_VU = (self.embed_VD * self._embed_in) @ (embed_grad_UD * self._embed_out).T
-        grad_VU += self.head_VD @ (head_grad_UD * self._head_out).T
-        if entropy_weight:
-            grad_VU += _entropy_grad(translated.plan_VU.detach(), self.mass).mul_(entropy_weight)
-        (self.cost.grad,) = torch.autograd.grad(translated.plan_VU, self.cost, grad_VU)
-        nonzero = self.comm.sum_(torch.count_nonzero(self.cost.grad).double()).item()
-        self._statistics["gradient_share"] = nonzero / (self.rows * len(self.nu))
+        embed_grad_UD = _grad(translated.embed_UD) * self._embed_out
+        head_grad_UD = _grad(translated.head_UD) * self._head_out
+        transports = list(self.transports.values())
+        if len(transports) == 2:
+            grads = [embed_grad_UD, head_grad_UD]
+        elif transports[0].values.shape[1] == self.width:
+            grads = [embed_grad_UD + head_grad_UD]
+        else:
+            grads = [torch.cat((embed_grad_UD, head_grad_UD), 1)]
+        for transport, solved, grad_UK in zip(transports, translated.solved, grads, strict=True):
+            transport.backward(solved, self.comm.sum_(grad_UK), entropy_weight)
 
     def clip_grad_norm(self, max_norm: float) -> float:
-        """The norm of `cost.grad` over all ranks, which is scaled down to max_norm if above it.
+        """The norm of all `cost.grad` over all ranks; they are scaled down to max_norm above it.
 
         A max_norm of 0 only measures.
         """
-        row_norms = torch.linalg.vector_norm(self.cost.grad, dim=1).double()
-        norm = math.sqrt(self.comm.sum_(row_norms.square().sum()).item())
+        norm = math.sqrt(sum(t.squared_grad_norm() for t in self.transports.values()))
         if 0 < max_norm < norm:
-            self.cost.grad.mul_(max_norm / norm)
+            for cost in self.costs:
+                cost.grad.mul_(max_norm / norm)
         return norm
 
     def statistics(self) -> dict[str, float]:
@@ -156,51 +171,46 @@ class Translator:
 
         entropy of P in nats; nonzeros_per_row and nonzeros_per_column (means); support_share of
         all V x U entries; row_error and col_error, the largest relative errors of the marginals;
-        and after a `backward`, gradient_share: the share of C whose gradient is not zero.
+        and after a `clip_grad_norm`, gradient_share: the share of C whose gradient is not zero.
+        Of separate plans, each name begins with `embed_` or `head_`.
         """
-        return dict(self._statistics)
-
-    @torch.no_grad()
-    def plan_rows(self) -> torch.Tensor:
-        """This rank's rows of P for the present C, total mass 1 over all ranks, float32."""
-        return self._solve() / self.mass
-
-    def _solve(self) -> torch.Tensor:
-        """This rank's rows of P in the units of C; renews the statistics."""
-        if self.method == "plain":
-            result = measure_plan(self.cost, self.mu, self.nu, self.comm)
-        else:
-            result = sparse_sinkhorn(
-                self.cost, self.mu, self.nu, self.iterations, self.method, self.comm
-            )
-        self._statistics = {
-            "entropy": self.comm.sum_(_entropy(result.plan.detach(), self.mass)).item(),
-            "nonzeros_per_row": result.support / self.rows,
-            "nonzeros_per_column": result.support / len(self.nu),
-            "support_share": result.support / (self.rows * len(self.nu)),
-            "row_error": result.row_error,
-            "col_error": result.col_error,
+        if len(self.transports) == 1:
+            return dict(self.transports["plan"].statistics)
+        return {
+            f"{name}_{key}": value
+            for name, transport in self.transports.items()
+            for key, value in transport.statistics.items()
         }
-        return result.plan
 
-    def _reduced_grad(self, leaf: torch.Tensor) -> torch.Tensor:
-        if leaf.grad is None:
-            leaf.grad = torch.zeros_like(leaf)
-        return self.comm.sum_(leaf.grad)
-
-
-def _entropy(plan_VU: torch.Tensor, mass: float) -> torch.Tensor:
-    """-sum p log p with p = P / mass, 0 log 0 = 0; entries of a plain P below 0 count as 0."""
-    total = torch.zeros((), dtype=torch.float64, device=plan_VU.device)
-    for rows in plan_VU.split(256):
-        total += torch.special.entr((rows / mass).clamp_min_(0)).sum(dtype=torch.float64)
-    return total
+    def _common_value(self, marginal: torch.Tensor) -> float | None:
+        """The value of every entry on every rank, or None where they differ."""
+        ends = torch.full((2,), -math.inf, dtype=torch.float64, device=marginal.device)
+        if len(marginal):
+            ends = torch.stack((marginal.max(), -marginal.min()))
+        high, negated_low = self.comm.max_(ends).tolist()
+        return high if high == -negated_low else None
 
 
-def _entropy_grad(plan_VU: torch.Tensor, mass: float) -> torch.Tensor:
-    """dH/dP; 0 where P is not positive, since such entries stay out of the support."""
-    log = (plan_VU / mass).log_().add_(1)
-    return torch.where(plan_VU > 0, log / -mass, 0.0)
+def _values(
+    embed_VD: torch.Tensor,
+    head_VD: torch.Tensor,
+    embed_in: torch.Tensor | None,
+    plans: str,
+    tied: bool,
+) -> dict[str, torch.Tensor]:
+    """What each plan translates, float32: E and L side by side, or one matrix where it does."""
+    if tied and embed_in is None and plans == "shared":
+        return {"plan": embed_VD.float()}
+    embed_VD, head_VD = embed_VD.float(), head_VD.float()
+    if embed_in is not None:
+        embed_VD = embed_VD * embed_in
+    if plans == "separate":
+        return {"embed": embed_VD, "head": head_VD}
+    return {"plan": torch.cat((embed_VD, head_VD), 1)}
+
+
+def _grad(leaf: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,0 +1,207 @@
+"""The passes of sparse Sinkhorn over this rank's rows, in torch: any device, and the reference.
+
+Every entry of every iterate is computed again from C and the thresholds so far, tile by tile.
+`native.NativePasses` does the same for a CPU, with the same methods.
+
+Shapes: V rows of this rank (of a tile, in the functions), U columns, n iterations.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from s2t2_dist.ot.simplex import below, newton_step
+from s2t2_dist.ot.tiles import Passes, tiles
+
+ROW_STEPS = 3  # Newton steps of a row pass before it reports: warm searches need two or three
+GATHER = 2  # columns are gathered when fewer than one in GATHER still move
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """What a solve of n iterations has found: thresholds and the sizes of the supports.
+
+    Attributes:
+        cost: C, this rank's rows (V, U).
+        shift: each row's maximum (V,). The thresholds are those of C - shift: row constants do not
+            change the plan, and float32 resolves the entries near the top better without them.
+        tau, sigma: (n, V) and (n, U), C's dtype.
+        row_count, col_count: entries above them, float64.
+    """
+
+    cost: torch.Tensor
+    shift: torch.Tensor
+    tau: torch.Tensor
+    sigma: torch.Tensor
+    row_count: torch.Tensor
+    col_count: torch.Tensor
+
+
+class TorchPasses:
+    """One sweep over the rows per call, results summed over them.
+
+    Args:
+        state: shared with the caller, who fills in what is known.
+        fused: see `Passes`.
+    """
+
+    def __init__(self, state: State, fused: bool | None = None):
+        self.state = state
+        self.run = Passes(state.cost, fused)
+
+    def search(
+        self, k: int, mu_V: torch.Tensor, col_guess_U: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make tau_k, starting from the guesses that `state.tau[k]` holds, and shift where k is 0.
+
+        Returns the largest entry of each column of W_k (U,), minus infinity without rows, and the
+        (2, U) counts and excesses of its entries above the guesses.
+        """
+        cost = self.state.cost
+        top = torch.full_like(col_guess_U, -torch.inf)
+        sums = torch.zeros(2, len(top), dtype=torch.float64, device=top.device)
+        for rows in tiles(cost):
+            if k == 0:
+                self.state.shift[rows] = cost[rows].amax(1)
+            self._search_rows(k, rows, mu_V[rows])
+            tile_top, tile_sums = self._column_pass(k, rows, col_guess_U)
+            top = torch.maximum(top, tile_top)
+            sums += tile_sums
+        return top, sums
+
+    def column_sums(self, k: int, threshold_U: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        """Counts and excesses (2, len(moving)) of some of W_k's columns above their thresholds."""
+        gather = moving if GATHER * len(moving) < len(threshold_U) else None
+        total = torch.zeros(2, len(moving), dtype=torch.float64, device=threshold_U.device)
+        for rows in tiles(self.state.cost):
+            sums = self._column_pass(k, rows, threshold_U, gather)[1]
+            total += sums if gather is not None else sums[:, moving]
+        return total
+
+    def plan(self, rows: slice) -> torch.Tensor:
+        """A block of rows of the plan."""
+        return self.run(_plan_pass, *self._tile(rows, len(self.state.tau)))
+
+    def backward(
+        self, grad_VU: torch.Tensor, col_mean: torch.Tensor, row_mean: torch.Tensor, known: int
+    ) -> torch.Tensor:
+        """Undo the last iterations, whose first `known` means over columns (n, U) are known.
+
+        Makes `row_mean[known - 1]` of (n, V). Returns the sums (U,) whose means come next; where
+        all are known, it writes dloss/dC over grad_VU, which holds dloss/dP, instead.
+        """
+        iterations = len(self.state.tau)
+        sums = torch.zeros_like(self.state.col_count[0])
+        for rows in tiles(self.state.cost):
+            means = tuple(col_mean[:known]), tuple(row_mean[: max(known - 1, 0), rows])
+            count = self.state.row_count[iterations - known, rows] if known else None
+            tile = self._tile(rows, iterations)
+            mean, answer = self.run(_back_pass, *tile, grad_VU[rows], *means, count)
+            if known:
+                row_mean[known - 1, rows] = mean
+            if known < iterations:
+                sums += answer
+            else:
+                grad_VU[rows] = answer
+        return sums
+
+    def _search_rows(self, k, rows, mu):
+        """tau_k of a tile. The first Newton step may go down, the ones after it only go up."""
+        threshold = self.state.tau[k, rows]
+        floor = torch.full_like(threshold, -torch.inf)
+        count = torch.full_like(mu, torch.inf)
+        moves = True
+        while moves:
+            tile = self._tile(rows, k)
+            threshold, count, moves = self.run(_row_pass, *tile, mu, threshold, floor, count)
+            floor = threshold.clone()
+        self.state.tau[k, rows], self.state.row_count[k, rows] = threshold, count
+
+    def _column_pass(self, k, rows, threshold, columns=None):
+        cost, shift, taus, sigmas = self._tile(rows, k + 1, k)
+        if columns is not None:
+            cost, threshold = cost[:, columns], threshold[columns]
+            sigmas = tuple(sigma[columns] for sigma in sigmas)
+        return self.run(_column_pass, cost, shift, taus, sigmas, threshold)
+
+    def _tile(self, rows, row_steps, col_steps=None):
+        """What a pass over a tile starts from: C, its rows' shifts, the thresholds so far."""
+        state = self.state
+        col_steps = row_steps if col_steps is None else col_steps
+        taus, sigmas = tuple(state.tau[:row_steps, rows]), tuple(state.sigma[:col_steps])
+        return state.cost[rows], state.shift[rows], taus, sigmas
+
+
+# Functions of one tile. cost (V, U), shift (V,), taus and sigmas
+# tuples of (V,) and (U,): a pass is compiled once for each number of them.
+
+
+def _iterates(cost, shift, taus, sigmas):
+    """(Z_0, Z_1, ...) and (W_0, W_1, ...), as far as the thresholds given determine them."""
+    zs, ws = [cost - shift[:, None]], []
+    for k, tau in enumerate(taus):
+        tau = tau[:, None]
+        y = torch.relu(zs[k] - tau)
+        ws.append(y + torch.minimum(ws[k - 1], sigmas[k - 1]) if k else y)
+        if k < len(sigmas):
+            zs.append(torch.relu(ws[k] - sigmas[k]) + torch.minimum(zs[k], tau))
+    return zs, ws
+
+
+def _row_pass(cost, shift, taus, sigmas, mu, threshold, floor, count):
+    """ROW_STEPS Newton steps for tau_k, k = len(taus): (threshold, count, whether any moves)."""
+    z = _iterates(cost, shift, taus, sigmas)[0][-1]
+    top = z.amax(1)
+    ceiling = below(top)
+    floor = torch.maximum(floor, torch.minimum((top - mu).to(top.dtype), ceiling))
+    threshold = torch.clamp(threshold, floor, ceiling)
+    for _ in range(ROW_STEPS):
+        before = count
+        count, excess = _count_and_excess(z, threshold[:, None], 1)
+        threshold, moves = newton_step(threshold, floor, ceiling, before, count, excess, mu)
+        floor = threshold
+    return threshold, count, moves.any()
+
+
+def _column_pass(cost, shift, taus, sigmas, threshold):
+    """Of W_k, k = len(sigmas): each column's top (U,), and its count and excess (2, U)."""
+    w = _iterates(cost, shift, taus, sigmas)[1][-1]
+    return w.amax(0), torch.stack(_count_and_excess(w, threshold, 0))
+
+
+def _plan_pass(cost, shift, taus, sigmas):
+    return torch.relu(_iterates(cost, shift, taus, sigmas)[1][-1] - sigmas[-1])
+
+
+def _back_pass(cost, shift, taus, sigmas, grad, col_means, row_means, row_counts):
+    """Undo the iterations whose column means are known; row_means lacks the last one's.
+
+    Returns that mean (V,), or None where no column mean is known, and what comes next: the sums
+    (U,) of gX - gQ over the column supports, or the gradient where nothing is left to undo.
+    """
+    zs, ws = _iterates(cost, shift, taus, sigmas)
+    gx, gq, row_mean = grad, torch.zeros_like(grad), None
+    for done, col_mean in enumerate(col_means):
+        k = len(taus) - 1 - done
+        gw = torch.where(ws[k] > sigmas[k], gx - gq - col_mean, 0) + gq
+        gp = gx if done else torch.zeros_like(gx)
+        on_row = zs[k] > taus[k][:, None]
+        gy = torch.where(on_row, gw - gp, 0)
+        if done < len(row_means):
+            row_mean = row_means[done]
+        else:
+            row_mean = (gy.sum(1).double() / row_counts).to(gy.dtype)
+        gx, gq = torch.where(on_row, gy - row_mean[:, None], 0) + gp, gw
+    if len(col_means) == len(taus):
+        return row_mean, gx
+    k = len(taus) - 1 - len(col_means)
+    return row_mean, torch.where(ws[k] > sigmas[k], gx - gq, 0).sum(0).double()
+
+
+def _count_and_excess(z, threshold, dim):
+    """float64: of the entries above their threshold, the number and the sum of z - threshold.
+
+    A tile's sums are made in z's dtype, by torch's pairwise summation; those of tiles in float64.
+    """
+    excess = torch.relu(z - threshold)
+    return excess.sign().sum(dim).double(), excess.sum(dim).double()
