@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 
 from rich import box
 from rich.console import Group
@@ -28,7 +29,8 @@ NOTES = (
     "Unigram: byte frequencies of the train split, plus one for each of the 256 values.",
     "Steps: optimizer steps of the stage, and of the run up to its end; tokens seen likewise "
     "count from the run's start.",
-    "P: non-zeros per source token, per target token, and as a share of all entries; H(P) in nats.",
+    "P: non-zeros per source token, per target token, and as a share of all entries; H(P) in nats. "
+    "Where E and L have a P each, means of the two.",
 )
 
 
@@ -41,7 +43,8 @@ class Row:
         perplexity: per token.
         bytes_per_token: of the validation split.
         tokens_seen: training tokens since the start of the run.
-        entropy: H(P) in nats.
+        nonzeros_per_row, nonzeros_per_column, nonzero_share, entropy: of P (H(P) in nats); means
+            of the two where E and L have one each.
     """
 
     label: str
@@ -141,9 +144,9 @@ def _row(run: FinishedRun, index: int, step: int) -> Row:
 
 
 def _plan_numbers(translation: Translation) -> dict[str, float]:
-    summary = summarize(translation)
+    summaries = summarize(translation).values()
     keys = ("nonzeros_per_row", "nonzeros_per_column", "nonzero_share", "entropy")
-    return {key: getattr(summary, key) for key in keys}
+    return {key: mean(getattr(summary, key) for summary in summaries) for key in keys}
 
 
 def _is_source(stage: Stage) -> bool:
@@ -153,7 +156,7 @@ def _is_source(stage: Stage) -> bool:
 def _label(run: FinishedRun, index: int, step: int) -> str:
     stage = run.recipe.stages[index]
     if isinstance(stage, Translate):
-        return f"{METHODS[stage.method]}, translation only"
+        return f"{_name(stage.method, stage.plans)}, translation only"
     if isinstance(stage, Pretrain):
         return "Pretrained from random weights"
     finetuned = " + CFT" if step else ", before CFT"
@@ -164,14 +167,19 @@ def _label(run: FinishedRun, index: int, step: int) -> str:
         return f"Source tokenizer ({cut}){finetuned}"
     if stage.translation is None:
         learned = [s for s in run.recipe.stages[:index] if isinstance(s, Translate)][-1]
-        return f"{METHODS[learned.method]}{finetuned}"
+        return f"{_name(learned.method, learned.plans)}{finetuned}"
     return f"{_method(run.translation_of(stage))}, transferred{finetuned}"
 
 
 def _method(translation: Translation) -> str:
     stages = translation.info.get("recipe", {}).get("stages", [])
     methods = [s["method"] for s in stages if s["name"] == translation.info.get("stage")]
-    return METHODS[methods[0]] if methods else "Translation"
+    plans = "separate" if len(translation.plans) > 1 else "shared"
+    return _name(methods[0], plans) if methods else "Translation"
+
+
+def _name(method: str, plans: str) -> str:
+    return METHODS[method] + (" (P for E, P for L)" if plans == "separate" else "")
 
 
 COLUMNS = (

@@ -18,7 +18,13 @@ NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # What the ways to learn P are called in tables and on model cards.
-METHODS = {"dykstra": "S2T2", "dense": "Sinkhorn P (dense)", "plain": "Plain P"}
+METHODS = {
+    "dykstra": "S2T2",
+    "dual": "S2T2 (dual)",
+    "dense": "Sinkhorn P (dense)",
+    "plain": "Plain P",
+}
+DUAL_DEFAULTS = {"iterations": 100, "tolerance": 1e-3}
 
 
 class _Strict(BaseModel):
@@ -126,10 +132,22 @@ class Translate(Stage):
     learning_rate: NotNegative = Field(
         1e-3, description="in the units of C: a share of a row's mass where units is row_mass"
     )
-    method: Literal["dykstra", "dense", "plain"] = Field(
-        "dykstra", description="S2T2; entropic Sinkhorn (softmax); no constraint"
+    method: Literal["dykstra", "dual", "dense", "plain"] = Field(
+        "dykstra",
+        description="S2T2 in n iterations; S2T2 to a tolerance; entropic Sinkhorn (softmax); no "
+        "constraint",
     )
-    iterations: Positive = Field(3, description="Sinkhorn iterations n")
+    iterations: Positive = Field(
+        3, description="Sinkhorn iterations n; of dual the most of a solve, 100 unless given"
+    )
+    tolerance: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="of dual only: the largest relative error of a row sum at which a solve ends, "
+        "1e-3 unless given; null takes every iteration",
+    )
+    plans: Literal["shared", "separate"] = Field(
+        "shared", description="one P, or one for E and one for L at twice the memory and time"
+    )
     units: Literal["row_mass", "literal"] = Field(
         "row_mass", description="C in units of a row's mass, or of probability as in the paper"
     )
@@ -139,7 +157,32 @@ class Translate(Stage):
     source_tokens: str = Field(
         "all", description="rows of P: all, bytes (single characters), or a file of token ids"
     )
+    source_marginal: str = Field(
+        "uniform",
+        description="mu: uniform, or a directory of `s2t2 data build` in the source tokenizer, "
+        "whose token frequencies it takes (over at most 32,768 rows of the train split); a token "
+        "that they do not hold gets no row of P",
+    )
+    target_marginal: Literal["uniform", "frequency"] = Field(
+        "uniform",
+        description="nu: uniform, or the counts of the target tokens in the training rows (at most "
+        "32,768 of them) plus 1 each, so that no token is left without mass; with frequency take "
+        "embed_scale convex, since the paper's makes rare tokens' rows of E' short",
+    )
     entropy_weight: float = Field(0.0, description="alpha of alpha * H(P), H in nats")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _dual_defaults(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("method") == "dual":
+            return {**DUAL_DEFAULTS, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _tolerance_fits(self) -> "Translate":
+        if self.tolerance is not None and self.method != "dual":
+            raise ValueError(f"tolerance is for the method dual, not {self.method}: leave it out")
+        return self
 
 
 class Finetune(Stage):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
@@ -51,7 +52,7 @@ def draw(path: Path, runs: dict[str, FinishedRun], baselines: dict[str, float]) 
             left, right = figure.subfigures(1, 2, width_ratios=(1.25, 1))
             image, histogram = right.subplots(2, 1, height_ratios=(2.4, 1))
             _draw_plan(image, translation)
-            _draw_histogram(histogram, translation)
+            _draw_histogram(histogram, translation.embed_plan)
         else:
             left = figure
         _draw_curves(left.subplots(), runs, baselines)
@@ -61,7 +62,7 @@ def draw(path: Path, runs: dict[str, FinishedRun], baselines: dict[str, float]) 
 def first_translation(runs: list[FinishedRun]) -> Translation | None:
     """The plan of the first run that learned one, S2T2 before the other methods."""
     stages = [(run, s) for run in runs for s in run.recipe.stages if isinstance(s, Translate)]
-    stages.sort(key=lambda pair: pair[1].method != "dykstra")
+    stages.sort(key=lambda pair: pair[1].method not in ("dykstra", "dual"))
     return stages[0][0].translation_of(stages[0][1]) if stages else None
 
 
@@ -139,14 +140,18 @@ def _draw_plan(axes: Axes, translation: Translation) -> None:
     axes.set_ylabel(f"{rows} source tokens")
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_title("Transport plan P: the sharpest tokens, alike ones side by side")
+    which = " of E" if len(translation.plans) > 1 else ""
+    axes.set_title(f"Transport plan P{which}: the sharpest tokens, alike ones side by side")
     label = f"mass, uniform plan = 1 (grey: under {LEAST_MASS:g}, white: 0)"
     axes.figure.colorbar(image, ax=axes, label=label, extend="min")
 
 
 def sharpest_part(translation: Translation, count: int) -> np.ndarray:
-    """P over the uniform plan for the rows and columns with the largest entries, dense."""
-    plan = translation.plan
+    """P over the uniform plan for the rows and columns with the largest entries, dense.
+
+    Of separate plans, that of E.
+    """
+    plan = translation.embed_plan
     indices = plan.indices().numpy()
     marginals = (translation.source_marginal.numpy(), translation.target_marginal.numpy())
     uniform = marginals[0][indices[0]] * marginals[1][indices[1]]
@@ -176,9 +181,9 @@ def in_blocks(matrix: np.ndarray) -> np.ndarray:
     return matrix[np.ix_(*orders)]
 
 
-def _draw_histogram(axes: Axes, translation: Translation) -> None:
-    rows, columns = translation.plan.shape
-    counts = np.bincount(translation.plan.indices()[1].numpy(), minlength=columns)
+def _draw_histogram(axes: Axes, plan: torch.Tensor) -> None:
+    rows, columns = plan.shape
+    counts = np.bincount(plan.indices()[1].numpy(), minlength=columns)
     edges = np.geomspace(max(1, counts[counts > 0].min()), rows, 40)
     axes.hist(counts, bins=edges, color=COLOURS[0])
     axes.set_xscale("log")

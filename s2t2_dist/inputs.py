@@ -10,7 +10,7 @@ from s2t2_dist.config import Finetune, Pretrain, Translate
 from s2t2_dist.data import require_tokenizer, tokenizer_sha256
 from s2t2_dist.errors import ArtifactError, ConfigError
 from s2t2_dist.stage import Context
-from s2t2_dist.translate import check_translation, source_token_ids
+from s2t2_dist.translate import check_translation, source_rows
 from s2t2_dist.translation import load_translation
 
 # Config keys by which architectures change `hidden @ head.T` (Cohere, Granite, Falcon-H1, Gemma,
@@ -76,7 +76,7 @@ def _check_translate(stage: Translate, weights: model.WeightFiles, deepspeed: di
                 "through plain logits (hidden states times head); choose another model"
             )
     _check_vocabulary(stage.name, weights)
-    source_token_ids(stage.source_tokens, weights.folder, weights.vocab_size)
+    source_rows(stage, weights)
 
 
 def _check_finetune(stage: Finetune, weights: model.WeightFiles, data: dict) -> None:

@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -57,11 +57,14 @@ def claimed(run_dir: Path, recipe: Recipe, inputs: dict, resume: str) -> Iterato
         yield
 
 
-def identify_inputs(data_dir: Path, deepspeed: dict, model_dir: Path | None) -> dict:
+def identify_inputs(
+    data_dir: Path, deepspeed: dict, model_dir: Path | None, others: Iterable[str] = ()
+) -> dict:
     """What the files behind a recipe's paths are, without reading large ones.
 
     Args:
         model_dir: the base model; None where the run starts from a config.
+        others: files, and data directories, that stages read; what is neither is passed over.
     """
     inputs = {
         "data manifest sha256": artifacts.sha256_file(data_dir / artifacts.MANIFEST),
@@ -71,6 +74,10 @@ def identify_inputs(data_dir: Path, deepspeed: dict, model_dir: Path | None) -> 
         inputs["model config.json sha256"] = artifacts.sha256_file(model_dir / "config.json")
         weights = {path.name: path.stat().st_size for path in model_dir.glob("*.safetensors")}
         inputs["model weight files (bytes)"] = weights
+    for path in map(Path, others):
+        file = path / artifacts.MANIFEST if path.is_dir() else path
+        if file.is_file():
+            inputs[f"{path} sha256"] = artifacts.sha256_file(file)
     return inputs
 
 

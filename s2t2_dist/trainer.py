@@ -122,7 +122,10 @@ def _claim(context: Context, resume: str, held: contextlib.ExitStack) -> str | N
         return None
     recipe = context.recipe
     base = model.local_folder(recipe.model) if recipe.model.config is None else None
-    inputs = rundir.identify_inputs(context.train.directory, context.deepspeed, base)
+    translates = [stage for stage in recipe.stages if isinstance(stage, Translate)]
+    others = [path for stage in translates for path in (stage.source_tokens, stage.source_marginal)]
+    data = context.train.directory
+    inputs = rundir.identify_inputs(data, context.deepspeed, base, others)
     held.enter_context(rundir.claimed(context.run_dir, recipe, inputs, resume))
     return rundir.read_state(context.run_dir)
 

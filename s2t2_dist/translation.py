@@ -3,6 +3,8 @@
 A translation is a sealed directory: one `plan-*.safetensors` per rank that wrote it (its rows of
 P as CSR, their source token ids and marginals), `target_marginal.safetensors` and
 `translation.json`. P has total mass 1. Source tokens that the plan leaves out have no row.
+Where E and L have a P each, both are there, with the same rows and marginals. Format 1, which
+knew one plan only, is still read.
 
 Shapes: R source tokens in use, V the source vocabulary, U the target vocabulary, D model width.
 """
@@ -20,17 +22,20 @@ from s2t2_dist import artifacts
 from s2t2_dist.comm import LocalComm, agree
 from s2t2_dist.errors import ArtifactError, S2T2Error
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+PLANS = (["plan"], ["embed", "head"])  # names: one for both, or one each
+CSR = ("indptr", "indices", "values")
 RECORD = "translation.json"
 TARGET_MARGINAL = "target_marginal.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
 class Translation:
-    """A plan between two vocabularies.
+    """A plan between two vocabularies, or one for the embedding and one for the LM head.
 
     Attributes:
-        plan: (R, U) sparse COO float32, coalesced, total mass 1.
+        plans: by name, "plan" or "embed" and "head"; each (R, U) sparse COO float32, coalesced,
+            total mass 1.
         source_token_ids: (R,) the source token of each row.
         source_marginal, target_marginal: (R,) and (U,), float64.
         embed_scale: "paper" or "convex", how E' is scaled.
@@ -38,7 +43,7 @@ class Translation:
         info: the rest of the record: method, iterations, base model, statistics.
     """
 
-    plan: torch.Tensor
+    plans: dict[str, torch.Tensor]
     source_token_ids: torch.Tensor
     source_marginal: torch.Tensor
     target_marginal: torch.Tensor
@@ -48,19 +53,29 @@ class Translation:
     vocab_size: int
     info: dict[str, Any]
 
+    @property
+    def embed_plan(self) -> torch.Tensor:
+        """The P that makes E'."""
+        return next(iter(self.plans.values()))
+
+    @property
+    def head_plan(self) -> torch.Tensor:
+        """The P that makes L'; the same one unless they are separate."""
+        return list(self.plans.values())[-1]
+
     def embed(self, embed_VD: torch.Tensor) -> torch.Tensor:
         """E' (U, D) float32 of any model with the source vocabulary."""
         rows = self._rows(embed_VD, "embedding")
         if self.embed_scale == "convex":
-            return self._average(rows)
-        return torch.sparse.mm(self.plan.T, rows / self.source_marginal.float()[:, None])
+            return self._average(self.embed_plan, rows)
+        return torch.sparse.mm(self.embed_plan.T, rows / self.source_marginal.float()[:, None])
 
     def head(self, head_VD: torch.Tensor) -> torch.Tensor:
         """L' (U, D) float32: convex combinations of the rows of L."""
-        return self._average(self._rows(head_VD, "LM head"))
+        return self._average(self.head_plan, self._rows(head_VD, "LM head"))
 
-    def _average(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch.sparse.mm(self.plan.T, rows) / self.target_marginal.float()[:, None]
+    def _average(self, plan: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return torch.sparse.mm(plan.T, rows) / self.target_marginal.float()[:, None]
 
     def _rows(self, weight_VD: torch.Tensor, name: str) -> torch.Tensor:
         needed = int(self.source_token_ids.max()) + 1
@@ -76,7 +91,7 @@ def save_translation(
     directory: Path,
     comm: LocalComm,
     *,
-    plan_rows: torch.Tensor,
+    plans: dict[str, list[torch.Tensor]],
     source_token_ids: torch.Tensor,
     source_marginal: torch.Tensor,
     target_marginal: torch.Tensor,
@@ -90,7 +105,8 @@ def save_translation(
 
     Args:
         directory: must not exist; it appears, complete, at the end.
-        plan_rows: (R_local, U) of total mass 1 over all ranks.
+        plans: by name, "plan" or "embed" and "head": this rank's rows as CSR tiles (h, U), in
+            order, of total mass 1 over all ranks.
         source_token_ids, source_marginal: (R_local,), those of the same rows.
         target_marginal: (U,).
         info: anything JSON: method, iterations, base model and its hash, statistics.
@@ -98,17 +114,21 @@ def save_translation(
     Raises:
         S2T2Error: on every rank, when any rank could not write; nothing is left behind.
     """
+    assert list(plans) in PLANS, f"unknown plans {list(plans)}"
     record = {
         "kind": "translation",
         "format_version": FORMAT_VERSION,
         "parts": comm.size,
+        "plans": list(plans),
         "vocab_size": vocab_size,
         "embed_scale": embed_scale,
         "source_tokenizer_sha256": source_tokenizer_sha256,
         "target_tokenizer_sha256": target_tokenizer_sha256,
         "info": info,
     }
-    part = _to_csr(plan_rows)
+    part = {}
+    for name, tiles in plans.items():
+        part |= {f"{name}.{key}": tensor for key, tensor in _stacked(tiles).items()}
     part["source_token_ids"] = source_token_ids.long().cpu()
     part["source_marginal"] = source_marginal.double().cpu()
     shared = {"values": target_marginal.double().cpu()}
@@ -170,25 +190,31 @@ def load_translation(path: str | Path) -> Translation:
     artifacts.verify(path)
     record = artifacts.read_json(path / RECORD)
     version = record.get("format_version")
-    if record.get("kind") != "translation" or version != FORMAT_VERSION:
+    if record.get("kind") != "translation" or version not in (1, FORMAT_VERSION):
         raise ArtifactError(
             f"{path} is a {record.get('kind')} of format {version}, "
-            f"expected a translation of format {FORMAT_VERSION}"
+            f"expected a translation of format 1 to {FORMAT_VERSION}"
         )
+    names = record.get("plans", PLANS[0])
+    if names not in PLANS:
+        raise ArtifactError(f"{path} holds the plans {names}; expected one of {PLANS}")
     shards = [_read(path / _part_name(i, record["parts"])) for i in range(record["parts"])]
+    if version == 1:
+        shards = [{f"plan.{k}" if k in CSR else k: v for k, v in s.items()} for s in shards]
     target_marginal = _read(path / TARGET_MARGINAL)["values"]
     ids, mu = (
         torch.cat([s[key] for s in shards]) for key in ("source_token_ids", "source_marginal")
     )
-    plan = _from_csr(shards, len(target_marginal), path)
+    plans = {name: _joined(shards, name, len(target_marginal), path) for name in names}
     in_vocabulary = ((ids >= 0) & (ids < record["vocab_size"])).all()
-    if len(ids) != len(plan) or len(ids.unique()) != len(ids) or not in_vocabulary:
-        raise ArtifactError(
-            f"{path}: its {len(ids)} source token ids for {len(plan)} rows are not distinct ids "
-            f"below {record['vocab_size']}"
-        )
+    for plan in plans.values():
+        if len(ids) != len(plan) or len(ids.unique()) != len(ids) or not in_vocabulary:
+            raise ArtifactError(
+                f"{path}: its {len(ids)} source token ids for {len(plan)} rows are not distinct "
+                f"ids below {record['vocab_size']}"
+            )
     return Translation(
-        plan=plan,
+        plans=plans,
         source_token_ids=ids,
         source_marginal=mu,
         target_marginal=target_marginal,
@@ -204,19 +230,30 @@ def _part_name(rank: int, size: int) -> str:
     return f"plan-{rank:05d}-of-{size:05d}.safetensors"
 
 
-def _to_csr(plan_rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    plan = plan_rows.detach().float().cpu()
-    rows, indices = plan.nonzero(as_tuple=True)
-    indptr = torch.zeros(len(plan) + 1, dtype=torch.int64)
-    indptr[1:] = torch.bincount(rows, minlength=len(plan)).cumsum(0)
-    return {"indptr": indptr, "indices": indices.int(), "values": plan[rows, indices]}
+def _stacked(tiles: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """CSR tiles, one below the other, as the three vectors of one CSR matrix; none: no rows."""
+    counts = [tile.crow_indices().diff().cpu() for tile in tiles]
+    indices = [tile.col_indices().int().cpu() for tile in tiles]
+    values = [tile.values().detach().float().cpu() for tile in tiles]
+    indptr = torch.cat([torch.zeros(1, dtype=torch.int64), *counts]).cumsum(0)
+    none = torch.zeros(0)
+    return {
+        "indptr": indptr,
+        "indices": torch.cat([none.int(), *indices]),
+        "values": torch.cat([none, *values]),
+    }
 
 
-def _from_csr(shards: list[dict[str, torch.Tensor]], columns: int, path: Path) -> torch.Tensor:
+def _joined(
+    shards: list[dict[str, torch.Tensor]], name: str, columns: int, path: Path
+) -> torch.Tensor:
     """One coalesced COO matrix from the parts (torch's own CSR cannot be transposed and used)."""
-    counts = torch.cat([shard["indptr"].diff() for shard in shards])
-    indices = torch.cat([shard["indices"] for shard in shards]).long()
-    values = torch.cat([shard["values"] for shard in shards])
+    try:
+        counts, indices, values = ([shard[f"{name}.{key}"] for shard in shards] for key in CSR)
+    except KeyError as error:
+        raise ArtifactError(f"{path} holds no {error}; make it again") from None
+    counts = torch.cat([indptr.diff() for indptr in counts])
+    indices, values = torch.cat(indices).long(), torch.cat(values)
     consistent = len(indices) == len(values) == counts.sum() and bool((counts >= 0).all())
     if not consistent or not bool(((indices >= 0) & (indices < columns)).all()):
         raise ArtifactError(f"{path}: the plan's indices do not describe {columns} columns")

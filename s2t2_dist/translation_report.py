@@ -17,6 +17,7 @@ from s2t2_dist.errors import DataError
 from s2t2_dist.translation import Translation, load_translation
 
 TOKENS_SHOWN = 20
+USES = {"plan": "", "embed": " (for E)", "head": " (for L)"}  # plan's name -> what it serves
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,13 @@ class PlanSummary:
         return self.nonzeros / (self.rows * self.columns)
 
 
-def summarize(translation: Translation) -> PlanSummary:
+def summarize(translation: Translation) -> dict[str, PlanSummary]:
+    """The numbers of each plan by its name: "plan", or "embed" and "head" where they differ."""
+    return {name: _summarize(translation, plan) for name, plan in translation.plans.items()}
+
+
+def _summarize(translation: Translation, plan: torch.Tensor) -> PlanSummary:
     """Count and sum a plan, from its entries alone."""
-    plan = translation.plan
     values = plan.values().double()
     sums = [
         torch.zeros(size, dtype=torch.float64).index_add_(0, index, values)
@@ -70,20 +75,22 @@ def summarize(translation: Translation) -> PlanSummary:
     )
 
 
-def top_sources(translation: Translation, column: int, top: int) -> list[tuple[int, float]]:
+def top_sources(
+    translation: Translation, plan: torch.Tensor, column: int, top: int
+) -> list[tuple[int, float]]:
     """The source token ids with the largest shares of a target token's mass, with the shares."""
-    rows, columns = translation.plan.indices()
+    rows, columns = plan.indices()
     chosen = columns == column
-    values = translation.plan.values()[chosen].double()
+    values = plan.values()[chosen].double()
     best = values.topk(min(top, len(values)))
     ids = translation.source_token_ids[rows[chosen][best.indices]]
     return list(zip(ids.tolist(), (best.values / values.sum()).tolist(), strict=True))
 
 
-def sharpest_columns(translation: Translation, count: int) -> list[int]:
+def sharpest_columns(plan: torch.Tensor, count: int) -> list[int]:
     """Target tokens whose mass comes most from one source token, sharpest first."""
-    columns, values = translation.plan.indices()[1], translation.plan.values().double()
-    zeros = torch.zeros(translation.plan.shape[1], dtype=torch.float64)
+    columns, values = plan.indices()[1], plan.values().double()
+    zeros = torch.zeros(plan.shape[1], dtype=torch.float64)
     largest = zeros.scatter_reduce(0, columns, values, "amax")
     share = largest / zeros.index_add(0, columns, values)
     return share.nan_to_num(0).argsort(descending=True, stable=True)[:count].tolist()
@@ -116,41 +123,62 @@ def report(
         data and Path(data) / TOKENIZER_DIR,
         translation.target_tokenizer_sha256,
     )
+    tables = [_tokens(translation, name, top, source, target) for name in translation.plans]
+    return Group(_numbers(path, translation), *tables)
+
+
+def _tokens(
+    translation: Translation,
+    name: str,
+    top: int,
+    source: PreTrainedTokenizerBase | None,
+    target: PreTrainedTokenizerBase | None,
+) -> Table:
+    """The sharpest target tokens of one plan, with their source tokens."""
+    plan = translation.plans[name]
     table = Table(
         "target token",
         "non-zeros",
         f"top {top} source tokens (share of the column's mass)",
-        title=f"The {TOKENS_SHOWN} sharpest target tokens",
+        title=f"The {TOKENS_SHOWN} sharpest target tokens{USES[name]}",
         title_justify="left",
     )
-    counts = torch.bincount(translation.plan.indices()[1], minlength=translation.plan.shape[1])
-    for column in sharpest_columns(translation, TOKENS_SHOWN):
-        sources = top_sources(translation, column, top)
+    counts = torch.bincount(plan.indices()[1], minlength=plan.shape[1])
+    for column in sharpest_columns(plan, TOKENS_SHOWN):
+        sources = top_sources(translation, plan, column, top)
         shown = "  ".join(f"{_text(source, i)} {share:.1%}" for i, share in sources)
         table.add_row(Text(_text(target, column)), f"{int(counts[column]):,}", Text(shown))
-    return Group(_numbers(path, translation), table)
+    return table
 
 
 def _numbers(path: Path, translation: Translation) -> Table:
-    summary = summarize(translation)
     stages = translation.info.get("recipe", {}).get("stages", [])
     stage = next((s for s in stages if s.get("name") == translation.info.get("stage")), {})
-    largest = torch.tensor(summary.rows * summary.columns).double().log()
+    ending = f" to a row error of {stage['tolerance']:g}" if stage.get("tolerance") else ""
+    most = "at most " if ending else ""
+    rows, columns = translation.embed_plan.shape
     table = Table(title=str(path), title_justify="left", show_header=False)
-    table.add_row("method", f"{stage.get('method')}, {stage.get('iterations')} iterations")
+    table.add_row(
+        "method", f"{stage.get('method')}{ending}, {most}{stage.get('iterations')} iterations"
+    )
     table.add_row("embedding scale", translation.embed_scale)
     table.add_row(
         "size",
-        f"{summary.rows:,} of {translation.vocab_size:,} source tokens x "
-        f"{summary.columns:,} target tokens",
+        f"{rows:,} of {translation.vocab_size:,} source tokens x {columns:,} target tokens",
     )
-    table.add_row("non-zeros", f"{summary.nonzeros:,} ({summary.nonzero_share:.2%})")
+    for name, summary in summarize(translation).items():
+        _add_numbers(table, summary, USES[name])
+    return table
+
+
+def _add_numbers(table: Table, summary: PlanSummary, use: str) -> None:
+    largest = torch.tensor(summary.rows * summary.columns).double().log()
+    table.add_row(f"non-zeros{use}", f"{summary.nonzeros:,} ({summary.nonzero_share:.2%})")
     table.add_row("  per source token", f"{summary.nonzeros_per_row:.2f}")
     table.add_row("  per target token", f"{summary.nonzeros_per_column:.2f}")
-    table.add_row("entropy H(P)", f"{summary.entropy:.3f} nats (uniform: {largest:.3f})")
-    table.add_row("largest row error", f"{summary.row_error:.2e} of its marginal")
-    table.add_row("largest column error", f"{summary.col_error:.2e} of its marginal")
-    return table
+    table.add_row(f"entropy H(P){use}", f"{summary.entropy:.3f} nats (uniform: {largest:.3f})")
+    table.add_row(f"largest row error{use}", f"{summary.row_error:.2e} of its marginal")
+    table.add_row(f"largest column error{use}", f"{summary.col_error:.2e} of its marginal")
 
 
 def _tokenizer(

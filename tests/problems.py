@@ -7,6 +7,7 @@ import torch
 
 from s2t2_dist.errors import DataError, S2T2Error
 from s2t2_dist.ot import Translator, row_range, sparse_sinkhorn
+from s2t2_dist.ot.products import to_csr
 from s2t2_dist.translation import save_translation
 
 SPREADS = {"narrow": 0.1, "random": 1.0, "wide": 10.0}  # in row masses
@@ -175,7 +176,7 @@ def write_translation(comm, directory, options):
 
 def csr_tiles(plan, height=7):
     """What `Transport.plan_tiles` gives, with several tiles."""
-    return [tile.to_sparse_csr() for tile in plan.split(height)] if len(plan) else []
+    return [to_csr(tile) for tile in plan.split(height)] if len(plan) else []
 
 
 def translation_parts(plans="shared"):

@@ -17,6 +17,7 @@ from s2t2_dist.data import ShardReader, tokenizer_sha256
 from s2t2_dist.evaluate import Evaluation, evaluate
 from s2t2_dist.translate import fold_translation
 from s2t2_dist.translation import save_translation
+from tests.problems import csr_tiles
 
 ROWS = 400
 BATCH = 8
@@ -70,15 +71,18 @@ def record_of(recipe: Recipe, stage: int, evaluation: Evaluation) -> dict:
     }
 
 
-def write_plan(recipe: Recipe, plan: torch.Tensor, evaluation: Evaluation) -> Path:
-    """The run's translation/."""
+def write_plan(
+    recipe: Recipe, plan: torch.Tensor, evaluation: Evaluation, head: torch.Tensor | None = None
+) -> Path:
+    """The run's translation/: one plan, or one for E and another for L."""
     rows, columns = plan.shape
+    plans = {"plan": plan} if head is None else {"embed": plan, "head": head}
     model = Path(recipe.model.model_name_or_path)
     metadata = ShardReader(recipe.data.path, "train").metadata
     save_translation(
         recipe.output_dir / "translation",
         LocalComm(),
-        plan_rows=plan,
+        plans={name: csr_tiles(dense) for name, dense in plans.items()},
         source_token_ids=torch.arange(rows),
         source_marginal=torch.full((rows,), 1 / rows),
         target_marginal=torch.full((columns,), 1 / columns),

@@ -106,7 +106,7 @@ def test_numbers_of_the_plan(table, plan):
 
 
 def test_marginal_errors(runs, plan):
-    summary = summarize(load_translation(runs[0] / "translation"))
+    (summary,) = summarize(load_translation(runs[0] / "translation")).values()
     rows, columns = plan.double().sum(1) * 400, plan.double().sum(0) * 64
     assert summary.row_error == pytest.approx(float((rows - 1).abs().max()), rel=1e-6)
     assert summary.col_error == pytest.approx(float((columns - 1).abs().max()), rel=1e-6)
@@ -218,9 +218,10 @@ def test_sharpest_part_of_a_plan(runs, plan):
 
 def test_show_names_the_sharpest_tokens(runs, source_model, protein_tokenizer, capsys):
     translation = load_translation(runs[0] / "translation")
-    assert sharpest_columns(translation, 63) == list(range(63))
-    assert top_sources(translation, 3, 5) == [(15, 1.0)]
-    assert top_sources(translation, 63, 2)[0][1] == pytest.approx(1 / 400, rel=1e-6)
+    learned = translation.embed_plan
+    assert sharpest_columns(learned, 63) == list(range(63))
+    assert top_sources(translation, learned, 3, 5) == [(15, 1.0)]
+    assert top_sources(translation, learned, 63, 2)[0][1] == pytest.approx(1 / 400, rel=1e-6)
     code = cli.run(["translation", "show", str(runs[0] / "translation"), "--top", "2"])
     assert code == 0
     printed = capsys.readouterr().out
@@ -229,6 +230,32 @@ def test_show_names_the_sharpest_tokens(runs, source_model, protein_tokenizer, c
     line = next(line for line in printed.splitlines() if f"│ {target!r} " in line)
     assert f"{source!r} 100.0%" in line
     assert "463 (1.81%)" in printed
+
+
+def test_separate_plans_are_both_reported(runs, plan, source_model, protein_data, tmp_path, capsys):
+    """The table holds means of the two plans; `translation show` describes each."""
+    stages = [{**TRANSLATE, "plans": "separate"}, FINETUNE]
+    recipe = make_recipe(tmp_path / "two", source_model, protein_data, stages)
+    write_run(recipe, stage_lines(0, 10, 6.0, 4.4) + stage_lines(1, 5, 4.4, 4.1))
+    diagonal = plan.clone()
+    diagonal[:, 63] = 0
+    write_plan(recipe, plan, evaluation(4.4), diagonal / diagonal.sum())
+    compare([runs[0], tmp_path / "two"], tmp_path / "out")
+    rows = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    labels = [row["label"] for row in rows[4:]]
+    assert labels == [
+        "S2T2 (P for E, P for L), translation only",
+        "S2T2 (P for E, P for L) + CFT",
+    ]
+    assert rows[4]["nonzeros_per_row"] == (463 + 63) / 2 / 400
+    given = {**FINETUNE, "translation": str(tmp_path / "two" / "translation")}
+    transfer = make_recipe(tmp_path / "transfer", source_model, protein_data, [given])
+    run = read_run(write_run(transfer, stage_lines(0, 5, 4.5, 4.2)))
+    assert make_rows([run])[3].label == "S2T2 (P for E, P for L), transferred + CFT"
+    assert cli.run(["translation", "show", str(tmp_path / "two" / "translation")]) == 0
+    printed = capsys.readouterr().out
+    assert "463 (1.81%)" in printed and "63 (0.25%)" in printed
+    assert "target tokens (for E)" in printed and "target tokens (for L)" in printed
 
 
 def test_show_refuses_another_tokenizer(runs, protein_tokenizer, capsys):

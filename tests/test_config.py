@@ -40,6 +40,18 @@ def test_defaults_are_the_papers_training_details(write):
     assert translate.iterations == 3 and translate.entropy_weight == 0
 
 
+def test_dual_has_a_tolerance_and_room_to_reach_it(write):
+    """Its resolved recipe says so, and is read as it was written."""
+    recipe = load_recipe(write(MINIMAL), ["stages.translate.method=dual"])
+    assert (recipe.stages[0].iterations, recipe.stages[0].tolerance) == (100, 1e-3)
+    values = recipe_values(recipe)
+    assert recipe_values(load_recipe(write(values))) == values
+    fixed = ["stages.translate.iterations=5", "stages.translate.tolerance=null"]
+    stage = load_recipe(write(MINIMAL), ["stages.translate.method=dual", *fixed]).stages[0]
+    assert (stage.iterations, stage.tolerance) == (5, None)
+    assert load_recipe(write(MINIMAL)).stages[0].tolerance is None
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_shipped_recipe_is_valid(path):
     recipe = load_recipe(path)
@@ -70,6 +82,10 @@ def test_overrides_reach_a_stage_by_name_and_by_number(write):
         (["stages.translate.adam_beta1=1"], "stages.0.translate.adam_beta1"),
         (["stages.finetune.adam_beta2=1.0"], "stages.1.finetune.adam_beta2"),
         (["stages.translate.entropy_weight=.nan"], "stages.0.translate.entropy_weight"),
+        (["stages.translate.tolerance=1e-3"], "tolerance is for the method dual, not dykstra"),
+        (["stages.translate.tolerance=0"], "stages.0.translate.tolerance"),
+        (["stages.translate.plans=two"], "stages.0.translate.plans"),
+        (["stages.translate.target_marginal=d"], "stages.0.translate.target_marginal"),
         (["stages.translate.learning_rate=.inf"], "stages.0.translate.learning_rate"),
         (["stages.translate.name=a/b"], "stages.0.translate.name"),
         (["stages.translate.name=.."], "stages.0.translate.name"),

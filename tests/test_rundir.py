@@ -60,6 +60,10 @@ def test_other_files_behind_the_same_paths_are_refused(tmp_path):
 def test_inputs_are_known_by_what_they_hold(source_model, protein_data, source_data):
     found = identify_inputs(protein_data, {"zero_optimization": {"stage": 3}}, source_model)
     assert found["model weight files (bytes)"].keys() == {"model.safetensors"}
+    read = ["uniform", str(source_data), str(source_model / "config.json")]
+    more = identify_inputs(protein_data, {"zero_optimization": {"stage": 3}}, source_model, read)
+    assert len(more) == len(found) + 2 and found.items() <= more.items()
+    assert more[f"{source_data} sha256"] != more[f"{source_model / 'config.json'} sha256"]
     other = identify_inputs(source_data, {"zero_optimization": {"stage": 2}}, None)
     same = {key for key in other if other[key] == found[key]}
     assert not same and len(other) == 2

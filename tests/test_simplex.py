@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from s2t2_dist.errors import DataError
 from s2t2_dist.ot import project_simplex
-from s2t2_dist.ot.simplex import newton_threshold, sort_threshold, support_sums
+from s2t2_dist.ot.simplex import NewtonSearch, sort_threshold
 
 # float64: sums of up to 512 terms of size 10 round by about 1e-13; float32: 2^29 times that,
 # but the support's sums are kept in float64, so the threshold's own rounding (5e-7 at 8) rules.
@@ -94,13 +94,15 @@ def test_optimality_conditions(values, scale):
 @settings(deadline=None, max_examples=100)
 def test_any_starting_guess_gives_the_same_threshold(values, scale, guess):
     z = torch.from_numpy(values)
-    threshold = newton_threshold(
-        lambda t: support_sums(z, t, 1),
-        z.amax(1),
-        torch.full((len(z),), scale, dtype=torch.float64),
-        z.shape[1],
-        torch.full((len(z),), guess, dtype=torch.float64),
-    )
+    scales, guesses = (torch.full((len(z),), x, dtype=torch.float64) for x in (scale, guess))
+    search = NewtonSearch(z.amax(1), scales, guesses)
+    for _ in range(z.shape[1] + 3):  # from its second step on, each one loses an entry
+        over = torch.relu(z - search.threshold[:, None])[search.moving]
+        if not len(search.update((over > 0).sum(1).double(), over.sum(1))):
+            break
+    assert not len(search.moving)
+    assert torch.equal(search.count, (z > search.threshold[:, None]).sum(1).double())
+    threshold = search.threshold
     torch.testing.assert_close(threshold, sort_threshold(z, scale), **EXACT)
 
 

@@ -355,6 +355,17 @@ def test_every_translator_and_baseline_trains(source_model, source_data, protein
     variants = {
         "dense": [{"kind": "translate", "method": "dense", **short}],
         "plain": [{"kind": "translate", "method": "plain", **short}],
+        "dual": [{"kind": "translate", "method": "dual", **short}],
+        "separate": [
+            {
+                "kind": "translate",
+                "plans": "separate",
+                "source_marginal": str(source_data),
+                "target_marginal": "frequency",
+                **short,
+            },
+            {"kind": "finetune", **short, "max_steps": 1},
+        ],
         "bytes": [
             {
                 "kind": "translate",

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from s2t2_dist import artifacts, load_translation
 from s2t2_dist.comm import LocalComm
@@ -22,18 +23,21 @@ def reseal(directory):
     artifacts.seal(directory, {"kind": "translation"})
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_round_trip(size, tmp_path):
-    target = tmp_path / "runs" / "translation"
+@pytest.mark.parametrize(("size", "plans"), [(1, "shared"), (3, "shared"), (2, "separate")])
+def test_round_trip(size, plans, tmp_path):
+    target, options = tmp_path / "runs" / "translation", {**PAPER, "plans": plans}
     if size == 1:
-        errors = [write_translation(LocalComm(), target, PAPER)]
+        errors = [write_translation(LocalComm(), target, options)]
     else:
-        errors = run_ranks(write_translation, size, tmp_path, target, PAPER)
+        errors = run_ranks(write_translation, size, tmp_path, target, options)
     assert errors == [None] * size
-    plan, ids, mu, nu = translation_parts()
+    plans, ids, mu, nu = translation_parts(options["plans"])
     loaded = load_translation(target)
-    assert torch.equal(loaded.plan.to_dense(), plan)
-    assert loaded.plan.is_sparse and loaded.plan.values().count_nonzero() == plan.count_nonzero()
+    assert loaded.plans.keys() == plans.keys()
+    for name, plan in plans.items():
+        found = loaded.plans[name]
+        assert torch.equal(found.to_dense(), plan)
+        assert found.is_sparse and found.values().count_nonzero() == plan.count_nonzero()
     assert torch.equal(loaded.source_token_ids, ids)
     assert torch.equal(loaded.source_marginal, mu) and torch.equal(loaded.target_marginal, nu)
     assert loaded.source_tokenizer_sha256 == "a" * 64
@@ -44,18 +48,23 @@ def test_round_trip(size, tmp_path):
     assert [path.name for path in target.parent.iterdir()] == ["translation"]
 
 
+@pytest.mark.parametrize("plans", ["shared", "separate"])
 @pytest.mark.parametrize("embed_scale", ["paper", "convex"])
-def test_embed_and_head_equal_the_translators(embed_scale, tmp_path):
-    """The folded model must be the trained one, also in bfloat16 and with padded rows."""
-    plan, ids, mu, nu = translation_parts()
-    write_translation(LocalComm(), tmp_path / "t", {"embed_scale": embed_scale})
+def test_embed_and_head_equal_the_translators(embed_scale, plans, tmp_path):
+    """The folded model must be the trained one, also in bfloat16 and with padded rows.
+
+    Its width, 16, is not that of the model whose plan it was (8): a plan has none.
+    """
+    found, ids, mu, nu = translation_parts(plans)
+    options = {"embed_scale": embed_scale, "plans": plans}
+    write_translation(LocalComm(), tmp_path / "t", options)
     loaded = load_translation(tmp_path / "t")
     random = torch.manual_seed(0)
     embed, head = (torch.randn(64, 16, generator=random).bfloat16() for _ in range(2))
-    trained = Translator(
-        embed[ids], head[ids], mu, nu, method="plain", units="literal", embed_scale=embed_scale
-    )
-    trained.cost.data = plan
+    options |= {"method": "plain", "units": "literal"}
+    trained = Translator(embed[ids], head[ids], mu, nu, **options)
+    for name, transport in trained.transports.items():
+        transport.cost.data = found[name]
     expected = trained.translate()
     # The same float32 products summed in another order.
     for found, wanted in (
@@ -73,7 +82,7 @@ def test_identity_plan_reproduces_the_source(tmp_path):
     identity = torch.eye(30).div(30).to_sparse()
     uniform = torch.full((30,), 1 / 30, dtype=torch.float64)
     fields = vars(loaded) | {
-        "plan": identity, "source_marginal": uniform, "target_marginal": uniform
+        "plans": {"plan": identity}, "source_marginal": uniform, "target_marginal": uniform
     }  # fmt: skip
     same = type(loaded)(**fields)
     for made in (same.embed(weights), same.head(weights)):
@@ -127,6 +136,8 @@ def test_refuses_an_unfinished_or_altered_translation(tmp_path):
         ({"kind": "model"}, "is a model"),
         ({"vocab_size": 10}, "not distinct ids below 10"),
         ({"parts": 2}, "not readable"),
+        ({"plans": ["embed", "head"]}, "holds no 'embed.indptr'"),
+        ({"plans": ["head", "embed"]}, "holds the plans"),
     ],
 )
 def test_refuses_a_wrong_record(change, message, tmp_path):
@@ -136,6 +147,22 @@ def test_refuses_a_wrong_record(change, message, tmp_path):
     reseal(tmp_path / "t")
     with pytest.raises(ArtifactError, match=message):
         load_translation(tmp_path / "t")
+
+
+def test_reads_format_1(tmp_path):
+    """One plan, its tensors without a name."""
+    write_translation(LocalComm(), tmp_path / "t", PAPER)
+    part = tmp_path / "t" / "plan-00000-of-00001.safetensors"
+    old = {key.removeprefix("plan."): tensor for key, tensor in load_file(part).items()}
+    assert {"indptr", "indices", "values"} <= old.keys()
+    save_file(old, part)
+    record = tmp_path / "t" / "translation.json"
+    values = json.loads(record.read_text())
+    del values["plans"]
+    record.write_text(json.dumps({**values, "format_version": 1}))
+    reseal(tmp_path / "t")
+    (plan,) = translation_parts()[0].values()
+    assert torch.equal(load_translation(tmp_path / "t").embed_plan.to_dense(), plan)
 
 
 def test_importing_the_package_does_not_import_torch():

@@ -5,7 +5,7 @@ import torch
 
 from s2t2_dist.comm import LocalComm
 from s2t2_dist.errors import ConfigError
-from s2t2_dist.ot import Translator, row_range
+from s2t2_dist.ot import Translator, products, row_range
 from tests import oracles
 from tests.distributed import run_ranks
 from tests.problems import leaf_loss, translate_rows, translator_inputs
@@ -192,3 +192,112 @@ def test_refuses_unknown_settings(choice):
     embed, head, mu, nu, _ = translator_inputs()
     with pytest.raises(ConfigError, match=f"{choice} is 'other'; choose one of"):
         Translator(embed, head, mu, nu, **{choice: "other"})
+
+
+def test_separate_plans_learn_apart_and_start_together():
+    embed, head, mu, nu, step = translator_inputs()
+    shared = Translator(embed, head, mu, nu)
+    separate = Translator(embed, head, mu, nu, plans="separate")
+    assert list(separate.transports) == ["embed", "head"] and len(separate.costs) == 2
+    for cost in (*shared.costs, *separate.costs):
+        cost.data += step
+    found = [translator.translate() for translator in (shared, separate)]
+    for translator, translated in zip((shared, separate), found, strict=True):
+        leaf_loss(translated.embed_UD, translated.head_UD, 0).backward()
+        translator.backward(translated, 0.1)
+    # With equal C, the two gradients add up to the shared one (alpha H(P) counts twice).
+    torch.testing.assert_close(found[1].embed_UD, found[0].embed_UD, **SHARDED)
+    torch.testing.assert_close(found[1].head_UD, found[0].head_UD, **SHARDED)
+    extra = Translator(embed, head, mu, nu)
+    extra.costs[0].data += step
+    extra.backward(extra.translate(), 0.1)
+    total = shared.costs[0].grad + extra.costs[0].grad
+    scale = total.abs().max()
+    torch.testing.assert_close(sum(c.grad for c in separate.costs) / scale, total / scale, **SINGLE)
+    norms = [cost.grad.norm() for cost in separate.costs]
+    assert separate.clip_grad_norm(0) == pytest.approx(torch.stack(norms).norm().item(), rel=1e-5)
+    names = set(separate.statistics())
+    assert {"embed_entropy", "head_gradient_share"} <= names
+    # Only the embedding's loss: only its plan has a gradient.
+    translated = separate.translate()
+    translated.embed_UD.sum().square().backward()
+    separate.backward(translated)
+    assert separate.costs[0].grad.any() and not separate.costs[1].grad.any()
+
+
+def test_dual_translates_by_the_limit_of_dykstra():
+    embed, head, mu, nu, step = translator_inputs()
+    limits = [("dykstra", {"iterations": 300}), ("dual", {"iterations": 999, "tolerance": 1e-5})]
+    found = []
+    for method, options in limits:
+        translator = Translator(embed, head, mu, nu, method=method, **options)
+        translator.costs[0].data += step
+        translated = translator.translate()
+        leaf_loss(translated.embed_UD, translated.head_UD, 0).backward()
+        translator.backward(translated)
+        assert translator.statistics()["row_error"] < 1e-4
+        found.append((translated.embed_UD.detach(), translator.costs[0].grad))
+    for one, other in zip(*found, strict=True):
+        # A row error of 1e-5 of plans in which E' is up to 30 long.
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * one.abs().max().item())
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1])
+def test_sparse_products_equal_dense_ones(monkeypatch, alpha):
+    """Wide X and a plan of few entries: both go through CSR, and give the same numbers.
+
+    Dykstra's plans after three iterations are not that sparse: a part of their columns stays full.
+    """
+    random = torch.manual_seed(0)
+    embed = torch.randn(600, products.SPARSE_WIDTH, generator=random)
+    mu, nu = torch.full((600,), 1 / 600), torch.full((128,), 1 / 128)
+    found = []
+    for limit in (0.04, 0.0):
+        monkeypatch.setattr(products, "SPARSE_BELOW", limit)
+        options = {"method": "dual", "iterations": 999, "tolerance": 1e-3}
+        translator = Translator(embed, embed, mu, nu, **options)
+        translator.costs[0].data += 50 * torch.randn(600, 128, generator=torch.manual_seed(1))
+        translated = translator.translate()
+        is_sparse = [tile is not None for tile in translated.solved[0].sparse_tiles]
+        assert is_sparse == [limit > 0] * len(is_sparse)
+        assert translator.statistics()["support_share"] < 0.04
+        leaf_loss(translated.embed_UD, translated.head_UD, 0).backward()
+        translator.backward(translated, alpha)
+        found.append((translated.embed_UD.detach(), translator.costs[0].grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * one.abs().max().item())
+    assert found[0][1].any()
+
+
+def test_a_row_of_the_gradient_adds_up_to_zero():
+    """P does not depend on row constants of C, so none is ever learned."""
+    embed, head, mu, nu, step = translator_inputs()
+    for method in ("dykstra", "dual", "dense"):
+        translator = Translator(embed, head, mu, nu, method=method, iterations=50)
+        translator.costs[0].data += step
+        translated = translator.translate()
+        leaf_loss(translated.embed_UD, translated.head_UD, 0).backward()
+        translator.backward(translated)
+        grad = translator.costs[0].grad
+        torch.testing.assert_close(
+            grad.sum(1) / grad.abs().max(), torch.zeros(30), rtol=0, atol=1e-5
+        )
+
+
+def test_the_next_step_starts_from_the_last_ones_thresholds_and_evaluation_does_not_count():
+    embed, head, mu, nu, step = translator_inputs()
+    translator = Translator(embed, head, mu, nu)
+    transport = translator.transports["plan"]
+    translator.costs[0].data += step
+    translator.translate()
+    assert transport.start is None
+    translated = translator.translate()
+    translator.backward(translated)
+    start = transport.start
+    assert torch.equal(start[1], translated.solved[0].solution.state[1])
+    translator.costs[0].data += 0.01 * step
+    warm = translator.translate().embed_UD
+    assert transport.start is start
+    cold = Translator(embed, head, mu, nu)
+    cold.costs[0].data.copy_(translator.costs[0].data)
+    torch.testing.assert_close(warm, cold.translate().embed_UD, **SHARDED)

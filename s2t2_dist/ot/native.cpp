@@ -12,6 +12,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 32;      // rows whose column sums are added up in T before in double
+constexpr int64_t PER_WORD = 15;    // iterations whose supports one integer holds
 constexpr int64_t ROW_BLOCK = 512;  // entries whose row sum is added up in T before in double
 
 template <typename T>
@@ -63,19 +64,39 @@ struct Solve {
         for (int64_t j = 0; j < U; ++j) w[j] = relu(z[j] - tau) + least(w[j], sigma[j]);
     }
 
-    // Z_{k+1} from W_k and Z_k, in place.
-    void next_z(int64_t i, int64_t k, T* __restrict z, const T* __restrict w) const {
+    // Z_{k+1} and W_k from Z_k and W_{k-1}, in place.
+    void next(int64_t i, int64_t k, T* __restrict z, T* __restrict w) const {
         const T tau = taus[k * V + i];
         const T* __restrict sigma = sigmas + k * U;
-        for (int64_t j = 0; j < U; ++j) z[j] = relu(w[j] - sigma[j]) + least(z[j], tau);
+        const T* __restrict last = k ? sigma - U : sigma;  // W_{-1} is 0, and so is least(0, 0)
+        const T keep = k ? T(1) : T(0);
+        for (int64_t j = 0; j < U; ++j) {
+            w[j] = relu(z[j] - tau) + least(w[j], keep * last[j]);
+            z[j] = relu(w[j] - sigma[j]) + least(z[j], tau);
+        }
     }
 
     // Z_k and W_{k-1}.
     void iterate(int64_t i, int64_t k, T* z, T* w) const {
         begin(i, z);
-        for (int64_t q = 0; q < k; ++q) {
-            next_w(i, q, z, w);
-            next_z(i, q, z, w);
+        std::fill(w, w + U, T(0));
+        for (int64_t q = 0; q < k; ++q) next(i, q, z, w);
+    }
+
+    // The supports of a row: in `on`, an integer per entry for every PER_WORD iterations, bit 2 q
+    // says Z_q > tau_q and bit 2 q + 1 says W_q > sigma_q. z and w are scratch.
+    void supports(int64_t i, int64_t n, T* __restrict z, T* __restrict w, int32_t* on) const {
+        begin(i, z);
+        std::fill(w, w + U, T(0));
+        for (int64_t k = 0; k < n; ++k) {
+            int32_t* __restrict word = on + k / PER_WORD * U;
+            const int32_t row = 1 << 2 * (k % PER_WORD), col = 2 * row;
+            const T tau = taus[k * V + i];
+            const T* __restrict sigma = sigmas + k * U;
+            if (k % PER_WORD == 0) std::fill(word, word + U, 0);
+            for (int64_t j = 0; j < U; ++j) word[j] |= z[j] > tau ? row : 0;
+            next(i, k, z, w);
+            for (int64_t j = 0; j < U; ++j) word[j] |= w[j] > sigma[j] ? col : 0;
         }
     }
 };
@@ -222,50 +243,70 @@ void plan(Solve<T> solve, int64_t n, int64_t first_row, int64_t rows, T* out, in
     });
 }
 
+// One row's gX (which is gP too after the first step) and gQ.
+template <typename T>
+struct RowGrad {
+    int64_t U;
+    T *__restrict g, *__restrict gq, *__restrict y;
+
+    // Undo iteration k, the first of all where keep is 0. The row's mean is given or made here.
+    void undo(const int32_t* __restrict on, int64_t k, const T* __restrict col_mean, T keep,
+              bool make_mean, double row_count, T& row_mean) const {
+        const int32_t row = 1 << 2 * (k % PER_WORD), col = 2 * row;
+        if (make_mean) {
+            for (int64_t j = 0; j < U; ++j) {
+                const T q = gq[j] + (on[j] & col ? g[j] - gq[j] - col_mean[j] : T(0));
+                y[j] = on[j] & row ? q - keep * g[j] : T(0);
+            }
+            row_mean = T(row_sum(y, U) / row_count);
+        }
+        const T mean = row_mean;
+        for (int64_t j = 0; j < U; ++j) {
+            gq[j] += on[j] & col ? g[j] - gq[j] - col_mean[j] : T(0);
+            g[j] = (on[j] & row ? gq[j] - keep * g[j] - mean : T(0)) + keep * g[j];
+        }
+    }
+};
+
 // See _back_pass in passes.py. known: iterations whose column means are known. row_means (n, V) in
 // the order in which they are made; the last known one is made here. sums (threads, U).
+// masks: null, or a byte per entry with its supports, made where nothing is known yet.
 template <typename T>
 void backward(Solve<T> solve, int64_t n, int64_t known, T* grad, const T* col_means, T* row_means,
-              const double* row_counts, double* sums, int64_t threads) {
+              const double* row_counts, uint8_t* masks, double* sums, int64_t threads) {
     const int64_t V = solve.V, U = solve.U;
     in_parallel(V, threads, [=](int64_t t, int64_t first, int64_t last) {
-        std::vector<T> z(U), w(U), q(U), row_on(n * U), col_on(n * U);
+        std::vector<T> z(U), w(U), q(U);
+        std::vector<int32_t> words((n + PER_WORD - 1) / PER_WORD * U);
         ColumnSums<T> sum(U, sums + t * U);
-        T* __restrict gq = q.data();
+        const RowGrad<T> row{U, w.data(), q.data(), z.data()};
         for (int64_t i = first; i < last; ++i) {
-            solve.begin(i, z.data());
-            for (int64_t k = 0; k < n; ++k) {
-                const T tau = solve.taus[k * V + i];
-                const T* sigma = solve.sigmas + k * U;
-                for (int64_t j = 0; j < U; ++j) row_on[k * U + j] = z[j] > tau ? T(1) : T(0);
-                solve.next_w(i, k, z.data(), w.data());
-                for (int64_t j = 0; j < U; ++j) col_on[k * U + j] = w[j] > sigma[j] ? T(1) : T(0);
-                if (k + 1 < n) solve.next_z(i, k, z.data(), w.data());
+            int32_t* __restrict on = words.data();
+            uint8_t* __restrict mask = masks ? masks + i * U : nullptr;
+            if (mask && known) {
+                for (int64_t j = 0; j < U; ++j) on[j] = mask[j];
+            } else {
+                solve.supports(i, n, z.data(), w.data(), on);
+                if (mask)
+                    for (int64_t j = 0; j < U; ++j) mask[j] = uint8_t(on[j]);
             }
-            T* __restrict g = w.data();  // gX, and from the first iteration on gP too
-            std::copy(grad + i * U, grad + (i + 1) * U, g);
+            std::copy(grad + i * U, grad + (i + 1) * U, row.g);
             std::fill(q.begin(), q.end(), T(0));
             for (int64_t done = 0; done < known; ++done) {
                 const int64_t k = n - 1 - done;
-                const T *row = &row_on[k * U], *col = &col_on[k * U], *mean = col_means + done * U;
-                T* __restrict y = z.data();
-                const T keep = done ? T(1) : T(0);  // gP is 0 at first
-                for (int64_t j = 0; j < U; ++j) {
-                    gq[j] = col[j] * (g[j] - gq[j] - mean[j]) + gq[j];
-                    y[j] = row[j] * (gq[j] - keep * g[j]);
-                }
-                if (done + 1 == known)
-                    row_means[done * V + i] = T(row_sum(y, U) / row_counts[k * V + i]);
-                const T row_mean = row_means[done * V + i];
-                for (int64_t j = 0; j < U; ++j) g[j] = row[j] * (y[j] - row_mean) + keep * g[j];
+                row.undo(on + k / PER_WORD * U, k, col_means + done * U, done ? T(1) : T(0),
+                         done + 1 == known, row_counts[k * V + i], row_means[done * V + i]);
             }
             if (known == n) {
-                std::copy(g, g + U, grad + i * U);
+                std::copy(row.g, row.g + U, grad + i * U);
                 continue;
             }
-            const T* col = &col_on[(n - 1 - known) * U];
+            const int64_t k = n - 1 - known;
+            const int32_t* __restrict word = on + k / PER_WORD * U;
+            const int32_t col = 2 << 2 * (k % PER_WORD);
             T* __restrict block = sum.block.data();
-            for (int64_t j = 0; j < U; ++j) block[j] += col[j] * (g[j] - gq[j]);
+            for (int64_t j = 0; j < U; ++j)
+                block[j] += word[j] & col ? row.g[j] - row.gq[j] : T(0);
             sum.end_row();
         }
         sum.flush();
@@ -297,9 +338,10 @@ void backward(Solve<T> solve, int64_t n, int64_t known, T* grad, const T* col_me
     extern "C" void backward_##SUFFIX(const T* cost, int64_t V, int64_t U, const T* shift,         \
                                       const T* taus, const T* sigmas, int64_t n, int64_t known,    \
                                       T* grad, const T* col_means, T* row_means,                   \
-                                      const double* row_counts, double* sums, int64_t threads) {   \
+                                      const double* row_counts, uint8_t* masks, double* sums,      \
+                                      int64_t threads) {                                           \
         backward<T>({cost, V, U, U, shift, taus, sigmas, nullptr}, n, known, grad, col_means,      \
-                    row_means, row_counts, sums, threads);                                         \
+                    row_means, row_counts, masks, sums, threads);                                  \
     }
 
 EXPORT(float, float32)

@@ -20,6 +20,7 @@ from s2t2_dist.ot.passes import State
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = "-std=c++17 -O3 -march=native -fopenmp-simd -fno-trapping-math -shared -fPIC -pthread"
+MASKED = 4  # iterations whose supports, 2 bits each, fit in a byte
 SUFFIXES = {torch.float32: "float32", torch.float64: "float64"}
 
 
@@ -29,6 +30,7 @@ class NativePasses:
     def __init__(self, state: State):
         self.state = state
         self.matrix = state.cost.contiguous()
+        self.masks = None  # during a backward: the supports, a byte per entry
         self.threads = max(1, min(torch.get_num_threads(), len(self.matrix)))
 
     def search(
@@ -70,10 +72,14 @@ class NativePasses:
     ) -> torch.Tensor:
         s, (V, U) = self.state, self.matrix.shape
         sums = torch.zeros(self.threads, U, dtype=torch.float64)
+        if known == 0 and len(s.tau) <= MASKED:
+            self.masks = torch.empty(V, U, dtype=torch.uint8)
         self._call(
             "backward", self.matrix, V, U, s.shift, s.tau, s.sigma, len(s.tau), known, grad_VU,
-            col_mean, row_mean, s.row_count, sums, self.threads,
+            col_mean, row_mean, s.row_count, self.masks, sums, self.threads,
         )  # fmt: skip
+        if known == len(s.tau):
+            self.masks = None
         return sums.sum(0)
 
     def _call(self, name, *arguments):
@@ -122,7 +128,7 @@ def _cache_folder() -> Path:
 
 def _machine_hash(compiler: str) -> str:
     """What the compiled code depends on. Nodes of different kinds may share a home folder."""
-    parts = [SOURCE.read_text(), FLAGS, compiler, platform.machine()]
+    parts = [SOURCE.read_text(), Path(__file__).read_text(), compiler, platform.machine()]
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         parts += [line for line in lines if line.startswith(("flags", "Features"))][:1]

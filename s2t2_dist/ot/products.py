@@ -10,22 +10,25 @@ import warnings
 import torch
 
 SPARSE_BELOW = 0.04  # share of the entries of a tile; above it the dense product is faster
+LEAST_ROWS = 256  # of a tile: shorter ones would go over the total too often
 SPARSE_WIDTH = 512  # K from which the product outweighs the conversion to a sparse tile
 
 
-def product(
-    plan_hU: torch.Tensor, values_hK: torch.Tensor, support: float
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """P^T X (U, K) of a tile, and the tile's P^T in CSR where it was used, else None.
+def add_product(
+    total_UK: torch.Tensor, plan_hU: torch.Tensor, values_hK: torch.Tensor, support: float
+) -> torch.Tensor | None:
+    """Add a tile's P^T X to the total; returns its P^T in CSR where that was used, else None.
 
     Args:
         support: number of entries of the tile that are not zero.
     """
     sparse = plan_hU.is_cpu and values_hK.shape[1] >= SPARSE_WIDTH
     if not sparse or support > SPARSE_BELOW * plan_hU.numel():
-        return plan_hU.T @ values_hK, None
+        total_UK.addmm_(plan_hU.T, values_hK)
+        return None
     plan_Uh = to_csr(plan_hU.T)
-    return plan_Uh @ values_hK, plan_Uh
+    total_UK.add_(plan_Uh @ values_hK)
+    return plan_Uh
 
 
 def product_grad(
@@ -33,7 +36,7 @@ def product_grad(
 ) -> torch.Tensor:
     """dloss/dP (h, U) of a tile from dloss/d(P^T X).
 
-    With the CSR tile that `product` returned, entries off its support are left 0: a sparse
+    With the CSR tile that `add_product` returned, entries off its support are left 0: a sparse
     projection has no derivative there.
     """
     if plan_Uh is None:

@@ -7,14 +7,11 @@ One strict test, `z > t`, decides the support for the value, the gradient and th
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from s2t2_dist.errors import DataError
-
-Sums = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def project_simplex(
@@ -60,43 +57,6 @@ def sort_threshold(z: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor
     return (sums.gather(-1, count - 1) / count).squeeze(-1)
 
 
-def newton_threshold(
-    sums: Sums,
-    top: torch.Tensor,
-    scale: torch.Tensor,
-    length: int,
-    guess: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Thresholds of many slices at once, from sums alone, so that a slice may span ranks.
-
-    The first step may start anywhere, because Newton on a convex function lands left of the root;
-    from there a threshold only rises, so supports are nested, and one that keeps its count is
-    final. A slice that has stopped is frozen: its result does not depend on the slices beside it.
-
-    Args:
-        sums: threshold -> (count, excess): over the entries above it, how many there are and the
-            sum of `z - threshold`; float64, equal on every rank.
-        top: the largest entry of each slice; its dtype is the thresholds'.
-        scale: total of each projection, float64.
-        length: entries per slice, over all ranks; bounds the number of steps.
-        guess: where to start; by default at `max z - scale`, which is left of every root.
-    """
-    # Below the top in its own dtype: then no rounding can empty a support.
-    ceiling = torch.nextafter(top, torch.full_like(top, -math.inf))
-    floor = torch.minimum((top - scale).to(top.dtype), ceiling)
-    threshold = floor if guess is None else torch.clamp(guess, floor, ceiling)
-    before = torch.full_like(scale, math.inf)
-    for _ in range(length + 2):
-        count, excess = sums(threshold)
-        changed = count != before
-        if not bool(changed.any()):
-            break
-        newton = (threshold + (excess - scale) / count).to(top.dtype)
-        threshold = torch.where(changed, torch.clamp(newton, floor, ceiling), threshold)
-        floor, before = threshold, count
-    return threshold
-
-
 class NewtonSearch:
     """The thresholds of many slices at once, from sums that others make.
 
@@ -107,18 +67,18 @@ class NewtonSearch:
     Args:
         top: the largest entry of each slice; its dtype is the thresholds'.
         scale: total of each projection, float64.
-        guess: where to start.
+        guess: where to start; by default at `max z - scale`, which is left of every root.
 
     Attributes:
         threshold: (K,), final where a slice no longer moves.
         count: (K,) float64, entries above it.
     """
 
-    def __init__(self, top: torch.Tensor, scale: torch.Tensor, guess: torch.Tensor):
+    def __init__(self, top: torch.Tensor, scale: torch.Tensor, guess: torch.Tensor | None = None):
         self.scale = scale
         self.ceiling = below(top)
         self.floor = torch.minimum((top - scale).to(top.dtype), self.ceiling)
-        self.threshold = guess.clone()
+        self.threshold = (self.floor if guess is None else guess).clone()
         self.count = torch.full_like(scale, math.inf)
         self.moving = torch.arange(len(scale), device=scale.device)
 
@@ -155,23 +115,6 @@ def below(top: torch.Tensor) -> torch.Tensor:
     return torch.nextafter(top, torch.full_like(top, -math.inf))
 
 
-def above(z: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    """The support, `z > threshold`, as ones and zeros of z's dtype.
-
-    On a CPU these are several times faster to make, multiply and sum than booleans.
-    """
-    return torch.gt(z, threshold, out=torch.empty_like(z))
-
-
-def support_sums(
-    z: torch.Tensor, threshold: torch.Tensor, dim: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Count and excess of the entries of a matrix above their slice's threshold, in float64."""
-    threshold = threshold.unsqueeze(dim)
-    excess = torch.relu_(z - threshold).sum(dim, dtype=torch.float64)
-    return above(z, threshold).sum(dim).double(), excess
-
-
 def check_entries(z: torch.Tensor, name: str) -> None:
     """Raise a DataError unless z is finite and float32 or float64."""
     if z.dtype not in (torch.float32, torch.float64):
@@ -191,9 +134,13 @@ class _Projection(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, scale):
         flat = z.reshape(-1, z.shape[-1])
-        threshold = newton_threshold(
-            lambda t: support_sums(flat, t, 1), flat.amax(1), scale.reshape(-1), z.shape[-1]
-        ).view(z.shape[:-1])
+        search = NewtonSearch(flat.amax(1), scale.reshape(-1))
+        moving = search.moving
+        while len(moving):
+            excess = torch.relu_(flat[moving] - search.threshold[moving, None])
+            count, total = torch.count_nonzero(excess, 1), excess.sum(1, dtype=torch.float64)
+            moving = search.update(count.double(), total)
+        threshold = search.threshold.view(z.shape[:-1])
         ctx.save_for_backward(z, threshold)
         return threshold, torch.relu_(z - threshold[..., None])
 

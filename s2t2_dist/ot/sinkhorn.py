@@ -68,12 +68,9 @@ def sparse_sinkhorn(
 ) -> SinkhornResult:
     """The plan nearest to a cost matrix among those with the given row and column sums.
 
-    `dykstra` runs the iterations k = 0..n-1 of the paper's Algorithm 1: alternating projections
-    on the rows' and the columns' simplices with Dykstra's corrections. The limit minimises
-    `|P - C|^2 / 2`; a truncated run keeps the column sums and leaves an error in the row sums.
-    `dual` goes to the same limit by exact steps in the rows' and columns' potentials; its gradient
-    is that of the limit. `dense` alternates softmax normalisations of rows and columns of exp(C),
-    in the log domain.
+    `dykstra` is the paper's Algorithm 1; its limit minimises `|P - C|^2 / 2`, and a truncated run
+    keeps the column sums and leaves an error in the row sums. `dual` goes to the same limit by
+    steps in the potentials, and its gradient is the limit's. `dense` normalises exp(C) in turn.
 
     Rows and columns of no mass get zeros and no gradient, as if they were not there.
 
@@ -104,7 +101,7 @@ def sparse_sinkhorn(
     check_cost(cost_VU, comm)
     check_marginals(cost_VU.shape, mu, nu, comm)
     options = {"method": method, "iterations": iterations, "tolerance": tolerance}
-    options["backend"] = backend
+    options |= {"backend": backend}
     rows, columns = mu > 0, nu > 0
     whole = bool(rows.all() and columns.all())
     cost = cost_VU if whole else cost_VU[rows][:, columns]

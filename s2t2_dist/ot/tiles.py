@@ -15,10 +15,14 @@ DEVICE_TILE = 1 << 26  # elsewhere: few, large kernels; it bounds the temporary 
 RECOMPILE_LIMIT = 64  # a pass is compiled once per iteration number and dtype
 
 
-def tiles(matrix: torch.Tensor) -> Iterator[slice]:
-    """The blocks of rows of a (V, U) matrix, in order; none for a matrix without rows."""
+def tiles(matrix: torch.Tensor, least: int = 1) -> Iterator[slice]:
+    """The blocks of rows of a (V, U) matrix, in order; none for a matrix without rows.
+
+    Args:
+        least: rows of a block, even where they are more than a tile.
+    """
     rows, columns = matrix.shape
-    height = max(1, (CPU_TILE if matrix.is_cpu else DEVICE_TILE) // columns)
+    height = max(least, (CPU_TILE if matrix.is_cpu else DEVICE_TILE) // columns)
     return (slice(start, min(start + height, rows)) for start in range(0, rows, height))
 
 

@@ -47,7 +47,8 @@ class Translator:
     In units `row_mass`, C and P are multiplied by the number of source rows, so that a row's mean
     mass is 1 and a learning rate is a share of it at any vocabulary size; `literal` keeps the
     paper's probabilities. The sparse projections are homogeneous: proportional C give the same
-    E' and L' in both.
+    E' and L' in both. A constant added to a row of C leaves P as it is, so, but for `plain`, each
+    row of `cost.grad` sums to 0 up to rounding: no step is spent on row constants.
 
     Communication, each on every rank: the solver's, one U x K sum in `translate` and one in
     `backward`, and scalars; per plan.
@@ -142,14 +143,15 @@ class Translator:
 
         So each rank divides its loss by the global number of tokens before its own backward; a
         rank that had no batch counts as zero. The thresholds found are the next step's guesses.
+        The leaves' gradients are used up.
         """
-        embed_grad_UD = _grad(translated.embed_UD) * self._embed_out
-        head_grad_UD = _grad(translated.head_UD) * self._head_out
+        embed_grad_UD = _grad(translated.embed_UD).mul_(self._embed_out)
+        head_grad_UD = _grad(translated.head_UD).mul_(self._head_out)
         transports = list(self.transports.values())
         if len(transports) == 2:
             grads = [embed_grad_UD, head_grad_UD]
         elif transports[0].values.shape[1] == self.width:
-            grads = [embed_grad_UD + head_grad_UD]
+            grads = [embed_grad_UD.add_(head_grad_UD)]
         else:
             grads = [torch.cat((embed_grad_UD, head_grad_UD), 1)]
         for transport, solved, grad_UK in zip(transports, translated.solved, grads, strict=True):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from s2t2_dist.comm import LocalComm
-from s2t2_dist.ot.products import product, product_grad, to_csr
+from s2t2_dist.ot.products import LEAST_ROWS, add_product, product_grad, to_csr
 from s2t2_dist.ot.sinkhorn import PlanSums, Solution, Thresholds, check_cost, solve
 from s2t2_dist.ot.tiles import tiles
 
@@ -84,14 +84,13 @@ class Transport:
         sums = PlanSums(self.mu, self.nu)
         translated_UK = self.values.new_zeros(len(self.nu), self.values.shape[1])
         sparse_tiles = []
-        for rows in tiles(self.cost):
+        for rows in self._tiles():
             plan = solution.plan(rows)
             support = sums.add(rows, plan)
             if self.method == "plain":
                 support = plan.numel()  # an entry of 0 has a derivative too
-            part, sparse_tile = product(plan, self.values[rows], support)
-            translated_UK += part
-            sparse_tiles.append(sparse_tile)
+            values = self.values[rows]
+            sparse_tiles.append(add_product(translated_UK, plan, values, support))
             sums.add_entropy(plan, self.mass)
         self._measure(sums)
         return self.comm.sum_(translated_UK), Solved(solution, sparse_tiles)
@@ -100,7 +99,7 @@ class Transport:
     def backward(self, solved: Solved, grad_UK: torch.Tensor, entropy_weight: float) -> None:
         """Set `cost.grad` from dloss/dY, the same on every rank; adds alpha * H(P) to the loss."""
         grad_VU = torch.empty_like(self.cost)
-        for rows, sparse_tile in zip(tiles(self.cost), solved.sparse_tiles, strict=True):
+        for rows, sparse_tile in zip(self._tiles(), solved.sparse_tiles, strict=True):
             grad_VU[rows] = product_grad(self.values[rows], grad_UK, sparse_tile)
             if entropy_weight:
                 plan = solved.solution.plan(rows)
@@ -126,6 +125,9 @@ class Transport:
         """This rank's rows of P for the present C, total mass 1 over all ranks: CSR tiles."""
         solution = self._solve()
         return [to_csr(solution.plan(rows) / self.mass) for rows in tiles(self.cost)]
+
+    def _tiles(self):
+        return tiles(self.cost, LEAST_ROWS)
 
     def _solve(self):
         if self.method == "plain":
