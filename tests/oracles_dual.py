@@ -3,11 +3,44 @@
 Spawned ranks import this module: it must stay cheap, without the reference libraries.
 """
 
+import itertools
+
 import torch
 
 from s2t2_dist.comm import LocalComm
 from s2t2_dist.ot.dual import Dual
 from tests.problems import make_cost, make_marginals, uneven_rows
+
+ALL = slice(None)
+TIGHT = 1e-10  # float64 row errors: sums of up to 4096 terms of size 1 to 10 round by about 1e-14
+
+
+def problem(kind, marginals, V, U, seed=0):
+    """(cost, mu, nu, a row's mean mass), without autograd."""
+    mu, nu, unit = make_marginals(marginals, V, U, seed)
+    if kind == "duplicated":
+        cost = make_cost("random", V, U, unit, seed)[torch.arange(V) // 3]
+    else:
+        cost = make_cost(kind, V, U, unit, seed)
+    return cost.detach(), mu, nu, unit
+
+
+def solve(cost, mu, nu, iterations=5000, tolerance=TIGHT, **options):
+    """On one rank and eagerly by default."""
+    options = {"comm": LocalComm(), "fused": False} | options
+    return Dual(cost, mu, nu, iterations=iterations, tolerance=tolerance, **options)
+
+
+def weights_like(cost):
+    """Some dL/dP."""
+    return torch.randn(cost.shape, dtype=torch.float64, generator=torch.manual_seed(0))
+
+
+def gradient(dual, cost):
+    """dL/dC for that dL/dP."""
+    grad = weights_like(cost).to(cost)
+    dual.backward_(grad)
+    return grad
 
 
 class CountingComm(LocalComm):
@@ -87,3 +120,18 @@ def solve_cases(comm):
         dual.backward_(grad)
         answers.append((dual.plan(slice(None)), grad, dual.iterations, counting.calls))
     return answers
+
+
+def check_collectives(calls, U, iterations, tolerance):
+    """One maximum an iteration, sums of the columns still searched, then the linear system's."""
+    maxima = [i for i, call in enumerate(calls) if call[0] == "max"]
+    assert len(maxima) == iterations + (tolerance is not None)
+    assert all(calls[i] == ("max", (U + 1,)) for i in maxima)
+    backward = calls.index(("sum", (4, U)))
+    assert set(calls[backward + 1 :]) <= {("sum", (U,))}
+    ends = [*maxima, backward] if tolerance is None else maxima
+    for start, stop in itertools.pairwise(ends):
+        widths = [shape for _, shape in calls[start + 1 : stop]]
+        assert widths[0] == (2, U) and widths == sorted(widths, reverse=True)
+        assert 2 <= len(widths) <= 9
+    return len(calls) - backward - 1

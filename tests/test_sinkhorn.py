@@ -169,21 +169,21 @@ class CountingComm(LocalComm):
 
 
 def test_collectives_of_a_solve():
-    """One maximum and a few sums per iteration; backward, one sum per iteration."""
+    """One sum per Newton step of the columns; backward, one per iteration."""
     mu, nu, _ = make_marginals("row mass", 400, 10)
     cost, comm = make_cost("random", 400, 10), CountingComm()
     result = sparse_sinkhorn(cost, mu, nu, 4, comm=comm)
     check, marginals, *solve = comm.calls
     assert check == ("max", (1,)) and marginals == ("sum", (3,))
-    row_error, totals = solve[-2:]
-    assert row_error == ("max", (1,)) and totals == ("sum", (12,))
-    solve = solve[:-2]
-    assert [call for call in solve if call[0] == "max"] == [("max", (10,))] * 4
-    steps = [shape for kind, shape in solve if kind == "sum"]
-    # The first Newton step of an iteration is of every column; those after it, of fewer and fewer.
-    assert [shape for shape in steps if shape == (2, 10)][:4] == [(2, 10)] * 4
-    assert all(len(shape) == 2 and shape[0] == 2 for shape in steps)
-    assert any(shape[1] < 10 for shape in steps) and len(steps) <= 4 * 8
+    assert solve[-1] == ("sum", (10 + 2 + 1,))  # column sums, support and entropy, row errors
+    steps = solve[:-1]
+    assert all(kind == "sum" for kind, _ in steps)
+    # The first Newton step of an iteration: count, excess and sum of every column, and the rows.
+    # Those after it are of fewer and fewer columns.
+    assert [shape for _, shape in steps].count((31,)) == 4
+    later = [shape for _, shape in steps if shape != (31,)]
+    assert all(len(shape) == 2 and shape[0] == 2 for shape in later)
+    assert any(shape[1] < 10 for shape in later) and len(later) <= 4 * 7
     comm.calls.clear()
     weighted_grad(result.plan, cost)
     assert comm.calls == [("sum", (10,))] * 4

@@ -292,15 +292,14 @@ def _plan(cost, top, row, col):
 
 
 def _centred_sums(cost, top, row, col, grad):
-    """Row means of dL/dP on the support, one over its size in each row (0 where it is empty), the
-    (4, U) sums and the support.
+    """Row means of dL/dP on the support, one over its size in each row, (4, U) sums, the support.
 
-    The sums, by column: of what the means leave, of its absolute value, the Laplacian's diagonal
-    (exactly 0 for a column that shares no row) and the size of the support.
+    A row without support has neither, and nothing reads them. The sums, by column: of what the
+    means leave, of its absolute value, the Laplacian's diagonal (exactly 0 for a column that
+    shares no row) and the size of the support.
     """
     on = (cost - top) - row - col > 0
-    count = on.to(cost.dtype).sum(1, keepdim=True).double()
-    share = torch.where(count > 0, 1 / count, 0.0)
+    share = 1 / on.to(cost.dtype).sum(1, keepdim=True).double()
     mean = torch.where(on, grad, 0.0).sum(1, keepdim=True, dtype=torch.float64) * share
     rest = torch.where(on, grad - mean, 0.0)
     diagonal = torch.where(on, 1 - share, 0.0).sum(0)

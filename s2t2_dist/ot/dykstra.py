@@ -28,8 +28,8 @@ BACKENDS = ("auto", "native", "compile", "eager")
 class Dykstra:
     """A solve of n iterations. One class for one rank and for many.
 
-    Communication: per iteration one U-vector maximum and, per Newton step, one sum of two vectors
-    over the columns that have not converged; in `backward_`, one U-vector sum per iteration.
+    Communication: per iteration one sum of three U-vectors and, per further Newton step, one of
+    two vectors over the columns that still move; in `backward_`, one U-vector sum per iteration.
 
     Args:
         cost_VU: this rank's rows of C, finite, float32 or float64.
@@ -103,9 +103,14 @@ class Dykstra:
     def _iterate(self, k, mu, row_guess, col_guess):
         """tau_k and sigma_k. The first step of the columns shares the rows' sweep."""
         self._found.tau[k] = row_guess
-        top, sums = self.passes.search(k, mu, col_guess)
-        search = NewtonSearch(self.comm.max_(top), self.nu, col_guess)
-        moving = search.update(*self.comm.sum_(sums))
+        sums = self.passes.search(k, mu, col_guess)
+        reduced = self.comm.sum_(torch.cat((sums.flatten(), sums.new_tensor([len(mu)]))))
+        count, excess, total = reduced[:-1].view_as(sums)
+        # Left of every threshold, even where a float32 sum is a little off: with all of its entries
+        # in the support, a column's would be (total - nu) / rows.
+        floor = (total - 1e-3 * total.abs() - 2 * self.nu) / reduced[-1]
+        search = NewtonSearch(None, self.nu, col_guess, floor.to(col_guess.dtype))
+        moving = search.update(count, excess)
         while len(moving):
             sums = self.passes.column_sums(k, search.threshold, moving)
             moving = search.update(*self.comm.sum_(sums))

@@ -175,38 +175,38 @@ T search_row(const T* z, int64_t U, double mu, T guess, double& count) {
     }
 }
 
-// W's part in the tops (may be null), counts and excesses of the columns above their thresholds.
+// A row of W in the counts and excesses of the columns above their thresholds.
 template <typename T>
-void add_columns(const T* __restrict w, const T* __restrict threshold, int64_t U, T* __restrict top,
+void add_columns(const T* __restrict w, const T* __restrict threshold, int64_t U,
                  T* __restrict count, T* __restrict excess) {
     for (int64_t j = 0; j < U; ++j) {
         const T over = w[j] - threshold[j];
         count[j] += over > 0 ? T(1) : T(0);
         excess[j] += relu(over);
     }
-    if (top)
-        for (int64_t j = 0; j < U; ++j) top[j] = w[j] > top[j] ? w[j] : top[j];
 }
 
 // tau_k of every row (from the guesses that taus holds), and the columns' first step.
-// shift is made for k = 0. tops (threads, U), sums (threads, 2, U): zeroed by the caller.
+// shift is made for k = 0. sums (threads, 3, U): count, excess and sum; zeroed by the caller.
 template <typename T>
 void search(Solve<T> solve, int64_t k, T* taus, T* shift, const double* mu, double* row_counts,
-            const T* col_guess, T* tops, double* sums, int64_t threads) {
+            const T* col_guess, double* sums, int64_t threads) {
     const int64_t V = solve.V, U = solve.U;
     in_parallel(V, threads, [=](int64_t t, int64_t first, int64_t last) {
         std::vector<T> z(U), w(U);
-        ColumnSums<T> count(U, sums + 2 * t * U), excess(U, sums + (2 * t + 1) * U);
-        T* top = tops + t * U;
+        ColumnSums<T> count(U, sums + 3 * t * U), excess(U, sums + (3 * t + 1) * U),
+            total(U, sums + (3 * t + 2) * U);
         for (int64_t i = first; i < last; ++i) {
             if (k == 0) shift[i] = largest(solve.cost + i * U, U);
             solve.iterate(i, k, z.data(), w.data());
             taus[k * V + i] = search_row(z.data(), U, mu[i], taus[k * V + i], row_counts[i]);
             solve.next_w(i, k, z.data(), w.data());
-            add_columns(w.data(), col_guess, U, top, count.block.data(), excess.block.data());
-            count.end_row(), excess.end_row();
+            add_columns(w.data(), col_guess, U, count.block.data(), excess.block.data());
+            T* __restrict block = total.block.data();
+            for (int64_t j = 0; j < U; ++j) block[j] += w[j];
+            count.end_row(), excess.end_row(), total.end_row();
         }
-        count.flush(), excess.flush();
+        count.flush(), excess.flush(), total.flush();
     });
 }
 
@@ -220,8 +220,7 @@ void column_sums(Solve<T> solve, int64_t k, const T* threshold, double* sums, in
         for (int64_t i = first; i < last; ++i) {
             solve.iterate(i, k, z.data(), w.data());
             solve.next_w(i, k, z.data(), w.data());
-            add_columns<T>(w.data(), threshold, U, nullptr, count.block.data(),
-                           excess.block.data());
+            add_columns(w.data(), threshold, U, count.block.data(), excess.block.data());
             count.end_row(), excess.end_row();
         }
         count.flush(), excess.flush();
@@ -318,10 +317,10 @@ void backward(Solve<T> solve, int64_t n, int64_t known, T* grad, const T* col_me
 #define EXPORT(T, SUFFIX)                                                                          \
     extern "C" void search_##SUFFIX(const T* cost, int64_t V, int64_t U, T* shift, T* taus,        \
                                     const T* sigmas, int64_t k, const double* mu,                  \
-                                    double* row_counts, const T* col_guess, T* tops, double* sums, \
+                                    double* row_counts, const T* col_guess, double* sums,          \
                                     int64_t threads) {                                             \
         search<T>({cost, V, U, U, shift, taus, sigmas, nullptr}, k, taus, shift, mu, row_counts,   \
-                  col_guess, tops, sums, threads);                                                 \
+                  col_guess, sums, threads);                                                       \
     }                                                                                              \
     extern "C" void column_sums_##SUFFIX(                                                          \
         const T* cost, int64_t V, int64_t U, int64_t row_length, const T* shift, const T* taus,    \

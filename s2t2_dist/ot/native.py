@@ -33,17 +33,14 @@ class NativePasses:
         self.masks = None  # during a backward: the supports, a byte per entry
         self.threads = max(1, min(torch.get_num_threads(), len(self.matrix)))
 
-    def search(
-        self, k: int, mu_V: torch.Tensor, col_guess_U: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def search(self, k: int, mu_V: torch.Tensor, col_guess_U: torch.Tensor) -> torch.Tensor:
         s, U = self.state, len(col_guess_U)
-        tops = torch.full((self.threads, U), -torch.inf, dtype=self.matrix.dtype)
-        sums = torch.zeros(self.threads, 2, U, dtype=torch.float64)
+        sums = torch.zeros(self.threads, 3, U, dtype=torch.float64)
         self._call(
             "search", self.matrix, *self.matrix.shape, s.shift, s.tau, s.sigma, k, mu_V,
-            s.row_count[k], col_guess_U.contiguous(), tops, sums, self.threads,
+            s.row_count[k], col_guess_U.contiguous(), sums, self.threads,
         )  # fmt: skip
-        return tops.amax(0), sums.sum(0)
+        return sums.sum(0)
 
     def column_sums(self, k: int, threshold_U: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         s, (V, U) = self.state, self.matrix.shape

@@ -49,32 +49,27 @@ class TorchPasses:
         self.state = state
         self.run = Passes(state.cost, fused)
 
-    def search(
-        self, k: int, mu_V: torch.Tensor, col_guess_U: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def search(self, k: int, mu_V: torch.Tensor, col_guess_U: torch.Tensor) -> torch.Tensor:
         """Make tau_k, starting from the guesses that `state.tau[k]` holds, and shift where k is 0.
 
-        Returns the largest entry of each column of W_k (U,), minus infinity without rows, and the
-        (2, U) counts and excesses of its entries above the guesses.
+        Returns, for each column of W_k, (3, U): the count and the excess of its entries above the
+        guess, and the sum of all of them.
         """
         cost = self.state.cost
-        top = torch.full_like(col_guess_U, -torch.inf)
-        sums = torch.zeros(2, len(top), dtype=torch.float64, device=top.device)
+        sums = torch.zeros(3, len(col_guess_U), dtype=torch.float64, device=cost.device)
         for rows in tiles(cost):
             if k == 0:
                 self.state.shift[rows] = cost[rows].amax(1)
             self._search_rows(k, rows, mu_V[rows])
-            tile_top, tile_sums = self._column_pass(k, rows, col_guess_U)
-            top = torch.maximum(top, tile_top)
-            sums += tile_sums
-        return top, sums
+            sums += self._column_pass(k, rows, col_guess_U)
+        return sums
 
     def column_sums(self, k: int, threshold_U: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         """Counts and excesses (2, len(moving)) of some of W_k's columns above their thresholds."""
         gather = moving if GATHER * len(moving) < len(threshold_U) else None
         total = torch.zeros(2, len(moving), dtype=torch.float64, device=threshold_U.device)
         for rows in tiles(self.state.cost):
-            sums = self._column_pass(k, rows, threshold_U, gather)[1]
+            sums = self._column_pass(k, rows, threshold_U, gather)[:2]
             total += sums if gather is not None else sums[:, moving]
         return total
 
@@ -164,9 +159,9 @@ def _row_pass(cost, shift, taus, sigmas, mu, threshold, floor, count):
 
 
 def _column_pass(cost, shift, taus, sigmas, threshold):
-    """Of W_k, k = len(sigmas): each column's top (U,), and its count and excess (2, U)."""
+    """Of W_k's columns, k = len(sigmas): count, excess and sum (3, U)."""
     w = _iterates(cost, shift, taus, sigmas)[1][-1]
-    return w.amax(0), torch.stack(_count_and_excess(w, threshold, 0))
+    return torch.stack((*_count_and_excess(w, threshold, 0), w.sum(0).double()))
 
 
 def _plan_pass(cost, shift, taus, sigmas):

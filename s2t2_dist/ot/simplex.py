@@ -65,33 +65,48 @@ class NewtonSearch:
     final. A slice that has stopped is frozen: its result does not depend on the slices beside it.
 
     Args:
-        top: the largest entry of each slice; its dtype is the thresholds'.
+        top: the largest entry of each slice: no threshold reaches it. None where that is not
+            known; a step that rounding takes beyond it is then taken back.
         scale: total of each projection, float64.
-        guess: where to start; by default at `max z - scale`, which is left of every root.
+        guess: where to start; by default at `floor`.
+        floor: thresholds left of every root; by default `top - scale`.
 
     Attributes:
         threshold: (K,), final where a slice no longer moves.
         count: (K,) float64, entries above it.
     """
 
-    def __init__(self, top: torch.Tensor, scale: torch.Tensor, guess: torch.Tensor | None = None):
+    def __init__(
+        self,
+        top: torch.Tensor | None,
+        scale: torch.Tensor,
+        guess: torch.Tensor | None = None,
+        floor: torch.Tensor | None = None,
+    ):
         self.scale = scale
-        self.ceiling = below(top)
-        self.floor = torch.minimum((top - scale).to(top.dtype), self.ceiling)
-        self.threshold = (self.floor if guess is None else guess).clone()
+        self.ceiling = torch.full_like(floor, math.inf) if top is None else below(top)
+        if floor is None:
+            floor = torch.minimum((top - scale).to(top.dtype), self.ceiling)
+        self.floor, self.good = floor.clone(), floor.clone()
+        self.threshold = (floor if guess is None else guess).clone()
         self.count = torch.full_like(scale, math.inf)
         self.moving = torch.arange(len(scale), device=scale.device)
 
     def update(self, count: torch.Tensor, excess: torch.Tensor) -> torch.Tensor:
         """One step of the slices that move, from their sums; returns those that still move."""
         i = self.moving
+        before = self.count[i]
         threshold, moves = newton_step(
-            self.threshold[i], self.floor[i], self.ceiling[i],
-            self.count[i], count, excess, self.scale[i],
-        )  # fmt: skip
-        self.threshold[i] = self.floor[i] = threshold
-        self.count[i] = count
-        self.moving = i[moves]
+            self.threshold[i], self.floor[i], self.ceiling[i], before, count, excess, self.scale[i]
+        )
+        # Where rounding emptied a support, the step is taken back, and was the last one. (A first
+        # guess may be above every entry: its step goes to the floor, and on from there.)
+        over = (count == 0) & before.isfinite()
+        good = torch.where(over, self.good[i], torch.minimum(threshold, self.threshold[i]))
+        self.threshold[i] = self.floor[i] = torch.where(over, good, threshold)
+        self.good[i] = good
+        self.count[i] = torch.where(over, before, count)
+        self.moving = i[moves & ~over]
         return self.moving
 
 

@@ -170,11 +170,14 @@ class PlanSums:
         self.log_sum += p.clamp_min(torch.finfo(p.dtype).tiny).log_().mul_(p).sum()
 
     def reduce(self, comm: LocalComm) -> tuple[float, float, float, float]:
-        """row_error, col_error, support and the sum of P log P, over all ranks (collective)."""
-        row_error = comm.max_(self.row_error).item()
-        totals = comm.sum_(torch.cat((self.col_sums, self.support, self.log_sum)))
-        col_error = ((totals[:-2] - self.nu).abs() / self.nu).max().item()
-        return row_error, col_error, *totals[-2:].tolist()
+        """row_error, col_error, support and the sum of p log p, over all ranks (one collective)."""
+        row_errors = torch.zeros(comm.size, dtype=torch.float64, device=self.nu.device)
+        row_errors[comm.rank] = self.row_error
+        sums = comm.sum_(torch.cat((self.col_sums, self.support, self.log_sum, row_errors)))
+        U = len(self.nu)
+        col_error = ((sums[:U] - self.nu).abs() / self.nu).max().item()
+        support, log_sum = sums[U : U + 2].tolist()
+        return sums[U + 2 :].max().item(), col_error, support, log_sum
 
 
 def check_method(method: str, iterations: int, tolerance: float | None) -> None:
