@@ -14,14 +14,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_prep.outputs import already_made, describe_sources
 from data_prep.readers import (
+    DEFAULT_READ,
     RARE_RESIDUES,
     RESIDUES,
     Document,
-    detect_format,
+    ReadCounts,
+    ReadOptions,
     id_hash,
     read_documents,
-    reading_progress,
 )
+from data_prep.sources import detect_format, reading_progress
 from s2t2_dist import artifacts
 from s2t2_dist.errors import DataError
 from s2t2_dist.shards import TOKENIZER_JSON, tokenizer_sha256
@@ -39,7 +41,11 @@ TEXT_SPECIAL = {"eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}
 
 
 def train_tokenizer(
-    inputs: Sequence[Path], target: Path, vocab_size: int, sample: int = DEFAULT_SAMPLE
+    inputs: Sequence[Path],
+    target: Path,
+    vocab_size: int,
+    sample: int = DEFAULT_SAMPLE,
+    read: ReadOptions = DEFAULT_READ,
 ) -> bool:
     """Train a BPE tokenizer and write it as a Hugging Face folder, sealed with a manifest.
 
@@ -60,13 +66,15 @@ def train_tokenizer(
     request["sources"] = describe_sources(inputs)
     if already_made(target, request):
         return False
+    counts = ReadCounts()
     with reading_progress("Sampling") as open_file:
-        documents = sample_documents(read_documents(inputs, open_file), sample)
+        documents = sample_documents(read_documents(inputs, read, counts, open_file), sample)
     texts = [document.text for document in documents]
     tokenizer = _train_bpe(texts, vocab_size, protein)
     _check_round_trip(tokenizer, texts)
     record = {
         **request,
+        "reading": counts.record(),
         "trained_on": {"documents": len(texts), "characters": sum(map(len, texts))},
     }
     with artifacts.sealed_directory(target, record) as directory:
