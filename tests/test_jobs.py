@@ -206,7 +206,7 @@ def test_a_worker_that_dies_is_named_and_the_build_goes_on(tmp_path, fasta, toke
                 os.kill(int(child), signal.SIGKILL)
                 killed = True
         time.sleep(0.01)
-    assert process.wait(60) == 2
+    assert process.wait(30) == 2
     assert "a worker process was killed" in process.stderr.read()
     assert start(command).wait(120) == 0
     assert contents(tmp_path / "d") == whole
