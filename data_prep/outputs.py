@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_prep.release import release_of
 from s2t2_dist import artifacts
 from s2t2_dist.errors import ArtifactError
 
@@ -11,11 +12,14 @@ REQUEST = "request.json"
 
 
 def describe_sources(paths: Sequence[Path]) -> list[dict]:
-    """Name, size and sha256 of each input file, for the manifest."""
-    return [
-        {"name": path.name, "bytes": path.stat().st_size, "sha256": artifacts.sha256_file(path)}
-        for path in paths
-    ]
+    """Name, size and sha256 of each input file, and its release if that was checked."""
+    described = []
+    for path in paths:
+        sha256 = artifacts.sha256_file(path)
+        entry = {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256}
+        release = release_of(path, sha256)
+        described.append({**entry, "release": release} if release else entry)
+    return described
 
 
 def already_made(target: Path, request: dict) -> bool:
