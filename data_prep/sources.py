@@ -24,7 +24,7 @@ COMPRESSED = (".gz", ".zst")
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 READ_BYTES = 1 << 20
 # Small inputs are cut small, so that every worker has its share; large ones into few files.
-SMALLEST_CHUNK, LARGEST_CHUNK = 1 << 20, 1 << 24
+SMALLEST_CHUNK, LARGEST_CHUNK = 1 << 20, 1 << 23
 CHUNKS_OF_SMALL = 32
 # Longer than any protein (36,000 residues) or source file by far; this bounds memory.
 LONGEST_DOCUMENT = 1 << 28
