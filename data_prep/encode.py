@@ -17,8 +17,8 @@ from data_prep.tokenizer import LoadedTokenizer
 from s2t2_dist.errors import DataError
 from s2t2_dist.shards import token_dtype
 
-# Characters per call of the tokenizer: its result takes 100 bytes for each.
-BATCH_CHARACTERS = 1_000_000
+# Characters per call of the tokenizer: its result takes 100 bytes for each, and fits a cache so.
+BATCH_CHARACTERS = 100_000
 
 
 class Encoded(NamedTuple):
