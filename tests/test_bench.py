@@ -19,6 +19,14 @@ TINY = Case("literal", V=40, U=24, spread=0.3)
 pot_warns = pytest.mark.filterwarnings("ignore:scipy.optimize:DeprecationWarning")
 
 
+@pytest.fixture(autouse=True)
+def restored_threads():
+    """The benchmarks set the number of threads, with which rounding changes."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("baseline", [baselines.literal, baselines.literal_entmax])
 @pytest.mark.parametrize("marginals", ["row mass", "skewed"])
 def test_literal_baselines_equal_the_float64_transcription(baseline, marginals):

@@ -43,15 +43,15 @@ def rank_traffic(
 ) -> dict[str, int]:
     """Bytes that a rank hands to all-reduces in a step, whatever their number (`sent` for those).
 
-    A column search sends each column's maximum, and a count and an excess in float64 per Newton
-    evaluation: `column_evaluations` counts those of all iterations, each at its most, because
+    A column search sends each column's total once, and a count and an excess per Newton evaluation,
+    in float64: `column_evaluations` counts those of all iterations, each at its most, because
     columns that have converged send nothing. A backward iteration sums one U-vector, the
     statistics another. Scalars are left out.
     """
     return {
         "E', L'": 2 * SINGLE * U * D,
         "gradients of E', L'": 2 * SINGLE * U * D,
-        "column maxima": iterations * SINGLE * U,
+        "column totals": iterations * DOUBLE * U,
         "column searches": column_evaluations * 2 * DOUBLE * U,
         "backward and statistics": (iterations + 1) * DOUBLE * U,
     }

@@ -92,8 +92,11 @@ def run(case: Case) -> dict[str, object]:
 
 
 def column_evaluations(case: Case) -> int:
-    """Newton evaluations of all the column searches of one solve: each is one (2, k) sum."""
-    comm = _Counting()
+    """Newton evaluations of all the column searches of one solve: a sum each.
+
+    The first of an iteration sums three U-vectors and a number, the others two of some columns.
+    """
+    comm = _Counting(case.U)
     cost, mu, nu, _ = problem(case)
     with torch.no_grad():
         sparse_sinkhorn(cost, mu, nu, case.iterations, comm=comm)
@@ -101,11 +104,12 @@ def column_evaluations(case: Case) -> int:
 
 
 class _Counting(LocalComm):
-    def __init__(self):
-        self.evaluations = 0
+    def __init__(self, columns: int):
+        self.columns, self.evaluations = columns, 0
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.evaluations += tensor.dim() == 2 and len(tensor) == 2
+        first = tensor.numel() == 3 * self.columns + 1
+        self.evaluations += first or (tensor.dim() == 2 and len(tensor) == 2)
         return tensor
 
 

@@ -59,7 +59,7 @@ class CountingComm(GroupComm):
     def _count(self, tensor: torch.Tensor) -> None:
         if tensor.numel() >= self.shape.U * self.shape.D:
             kind = "U x K sums"
-        elif tensor.dim() == 2 and len(tensor) == 2:
+        elif len(tensor) in (2, 3 * self.shape.U + 1):  # the first of an iteration has totals too
             kind = "column searches"
         else:
             kind = "U-vectors" if tensor.numel() >= self.shape.U else "scalars"
