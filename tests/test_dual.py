@@ -54,7 +54,7 @@ def assert_optimal(dual, cost, mu, nu, tolerance=TIGHT):
 
 
 @pytest.mark.filterwarnings("ignore:scipy.optimize:DeprecationWarning")  # POT's call
-@pytest.mark.parametrize("marginals", ["row mass", "literal", "skewed"])
+@pytest.mark.parametrize("marginals", ["row mass", "skewed"])
 @pytest.mark.parametrize("kind", [*SPREADS, "constant", "tied", "one-hot"])
 def test_equals_pot(kind, marginals):
     """L-BFGS on the semi-dual, run until its line search finds nothing: about 5e-7 of the row mass
@@ -98,7 +98,7 @@ def test_a_fixed_count_equals_the_plain_alternation(kind, marginals):
 @pytest.mark.parametrize("marginals", ["row mass", "skewed"])
 @pytest.mark.parametrize(("kind", "iterations"), [("narrow", 60), ("random", 500), ("wide", 2000)])
 def test_gradient_equals_that_of_the_unrolled_iteration(kind, iterations, marginals):
-    for (V, U), seed in [((5, 3), 0), ((5, 3), 1), ((9, 14), 0), ((20, 12), 2)]:
+    for (V, U), seed in [((5, 3), 0), ((5, 3), 1), ((9, 14), 0)]:
         cost, mu, nu, _ = problem(kind, marginals, V, U, seed)
         dual = solve(cost, mu, nu, tolerance=1e-12, iterations=20000)
         leaf = cost.clone().requires_grad_()
