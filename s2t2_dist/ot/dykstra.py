@@ -10,7 +10,7 @@ With Z_0 = C and W_{-1} = sigma_{-1} = 0, for k = 0..n-1:
 and the plan is max(W_{n-1} - sigma_{n-1}, 0). The second terms are Dykstra's corrections Q and P.
 Every entry of every iterate is a function of its own C and of the thresholds of its row and column:
 n (V + U) numbers hold a solve, and each pass computes the iterates that it needs from C again. So
-the work grows with the square of n; past about ten iterations `dual` is the better choice.
+the work grows with the square of n; past a few iterations `dual` is the better choice.
 
 Shapes: V rows of this rank, U columns; in a pass, V is the height of a tile.
 """
@@ -18,7 +18,9 @@ Shapes: V rows of this rank, U columns; in a pass, V is the height of a tile.
 import torch
 
 from s2t2_dist.comm import LocalComm
-from s2t2_dist.ot.native import NativePasses, has_native
+from s2t2_dist.errors import ConfigError
+from s2t2_dist.ot import native
+from s2t2_dist.ot.native_passes import MOST_ITERATIONS, NativePasses
 from s2t2_dist.ot.passes import State, TorchPasses
 from s2t2_dist.ot.simplex import NewtonSearch
 
@@ -38,8 +40,9 @@ class Dykstra:
         iterations: n, at least 1.
         start: the `state` of a former solve of as many iterations; its thresholds are the first
             guesses.
-        backend: "native" (a CPU with a C++ compiler), "compile" (torch.compile), "eager", or
-            "auto": native or eager on a CPU, compile or eager on other devices.
+        backend: "native" (a CPU with a C++ compiler, at most 4 iterations), "compile"
+            (torch.compile), "eager", or "auto": native or eager on a CPU, compile or eager on
+            other devices.
     """
 
     def __init__(
@@ -119,6 +122,12 @@ class Dykstra:
 
 def make_passes(state: State, backend: str) -> TorchPasses | NativePasses:
     """How the rows are swept: the one place that looks at the device."""
-    if backend == "native" or (backend == "auto" and state.cost.is_cpu and has_native()):
+    fits = state.cost.is_cpu and len(state.tau) <= MOST_ITERATIONS
+    if backend == "native" and not fits:
+        raise ConfigError(
+            f"the backend native takes a CPU and at most {MOST_ITERATIONS} iterations, found "
+            f"{state.cost.device} and {len(state.tau)}; take auto"
+        )
+    if backend == "native" or (backend == "auto" and fits and native.can_call(state.cost.new())):
         return NativePasses(state)
     return TorchPasses(state, fused={"compile": True, "eager": False}.get(backend))

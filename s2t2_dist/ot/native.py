@@ -1,7 +1,7 @@
-"""native.cpp, compiled once per machine and called through ctypes: the passes on a CPU.
+"""native.cpp, compiled once per machine and called through ctypes.
 
-It takes a second to compile, and five to ten times less time per pass than torch, which cannot
-keep a row's iterates in cache. Where there is no C++ compiler, `passes.TorchPasses` does the work.
+It takes some seconds to compile, and five to ten times less time per pass than torch, which cannot
+keep an entry's iterates in registers. Without a C++ compiler torch does the work.
 """
 
 import ctypes
@@ -16,77 +16,29 @@ from pathlib import Path
 
 import torch
 
-from s2t2_dist.ot.passes import State
-
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = "-std=c++17 -O3 -march=native -fopenmp-simd -fno-trapping-math -shared -fPIC -pthread"
-MASKED = 4  # iterations whose supports, 2 bits each, fit in a byte
-SUFFIXES = {torch.float32: "float32", torch.float64: "float64"}
+REALS = {torch.float32: "float", torch.float64: "double"}  # compiled when first asked for
 
 
-class NativePasses:
-    """One sweep over the rows per call; `TorchPasses` says what each one does."""
+def can_call(*tensors: torch.Tensor) -> bool:
+    """Whether native.cpp is there for such tensors: contiguous, of one float dtype, on a CPU.
 
-    def __init__(self, state: State):
-        self.state = state
-        self.matrix = state.cost.contiguous()
-        self.masks = None  # during a backward: the supports, a byte per entry
-        self.threads = max(1, min(torch.get_num_threads(), len(self.matrix)))
-
-    def search(self, k: int, mu_V: torch.Tensor, col_guess_U: torch.Tensor) -> torch.Tensor:
-        s, U = self.state, len(col_guess_U)
-        sums = torch.zeros(self.threads, 3, U, dtype=torch.float64)
-        self._call(
-            "search", self.matrix, *self.matrix.shape, s.shift, s.tau, s.sigma, k, mu_V,
-            s.row_count[k], col_guess_U.contiguous(), sums, self.threads,
-        )  # fmt: skip
-        return sums.sum(0)
-
-    def column_sums(self, k: int, threshold_U: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
-        s, (V, U) = self.state, self.matrix.shape
-        sums = torch.zeros(self.threads, 2, len(moving), dtype=torch.float64)
-        everything = len(moving) == U
-        columns = None if everything else moving
-        sigma = s.sigma if everything else s.sigma[:, moving].contiguous()
-        self._call(
-            "column_sums", self.matrix, V, len(moving), U, s.shift, s.tau, sigma, columns, k,
-            threshold_U[moving], sums, self.threads,
-        )  # fmt: skip
-        return sums.sum(0)
-
-    def plan(self, rows: slice) -> torch.Tensor:
-        s, (V, U) = self.state, self.matrix.shape
-        first, last, _ = rows.indices(V)
-        out = self.matrix.new_empty(last - first, U)
-        self._call(
-            "plan", self.matrix, V, U, s.shift, s.tau, s.sigma, len(s.tau), first, last - first,
-            out, self.threads,
-        )  # fmt: skip
-        return out
-
-    def backward(
-        self, grad_VU: torch.Tensor, col_mean: torch.Tensor, row_mean: torch.Tensor, known: int
-    ) -> torch.Tensor:
-        s, (V, U) = self.state, self.matrix.shape
-        sums = torch.zeros(self.threads, U, dtype=torch.float64)
-        if known == 0 and len(s.tau) <= MASKED:
-            self.masks = torch.empty(V, U, dtype=torch.uint8)
-        self._call(
-            "backward", self.matrix, V, U, s.shift, s.tau, s.sigma, len(s.tau), known, grad_VU,
-            col_mean, row_mean, s.row_count, self.masks, sums, self.threads,
-        )  # fmt: skip
-        if known == len(s.tau):
-            self.masks = None
-        return sums.sum(0)
-
-    def _call(self, name, *arguments):
-        function = getattr(_library(), f"{name}_{SUFFIXES[self.matrix.dtype]}")
-        function(*map(_as_c, arguments))
+    Says in the log, once, why it could not be compiled.
+    """
+    dtype = tensors[0].dtype
+    fit = all(t.is_cpu and t.is_contiguous() and t.dtype == dtype for t in tensors)
+    return fit and dtype in REALS and _library(dtype) is not None
 
 
-def has_native() -> bool:
-    """Whether the passes could be compiled here; says why not in the log, once."""
-    return _library() is not None
+def call(name: str, dtype: torch.dtype, *arguments: torch.Tensor | int | None) -> None:
+    """Call a function of native.cpp; tensors must be contiguous."""
+    getattr(_library(dtype), f"s2t2_{name}")(*map(_as_c, arguments))
+
+
+def threads(parts: int) -> int:
+    """How many threads share so many parts."""
+    return max(1, min(torch.get_num_threads(), parts))
 
 
 def _as_c(argument: object):
@@ -97,19 +49,20 @@ def _as_c(argument: object):
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The compiled passes; compiled and kept for later processes if need be."""
+def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The compiled code for a dtype; compiled and kept for later processes if need be."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         _log("no C++ compiler was found; set CXX")
         return None
-    path = _cache_folder() / f"s2t2-native-{_machine_hash(compiler)}.so"
+    path = _cache_folder() / f"s2t2-{REALS[dtype]}-{_machine_hash(compiler)}.so"
     if not path.exists():
         # Several ranks may compile at once: each renames a file of its own.
         temporary = path.with_suffix(f".{os.getpid()}")
-        command = [compiler, *FLAGS.split(), str(SOURCE), "-o", str(temporary)]
+        command = [compiler, *FLAGS.split(), f"-DREAL={REALS[dtype]}", str(SOURCE)]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            command += ["-o", str(temporary)]
             subprocess.run(command, check=True, capture_output=True, text=True)
             temporary.replace(path)
         except (OSError, subprocess.CalledProcessError) as error:

@@ -1,4 +1,4 @@
-"""Products with rows of a plan: dense, or sparse where the plan is sparse enough for it to pay.
+"""Products with a tile of a plan, and sums over it: dense, or sparse where that is faster.
 
 `tests/bench/products.py` measures where that is.
 
@@ -9,40 +9,61 @@ import warnings
 
 import torch
 
+from s2t2_dist.ot import native
+
 SPARSE_BELOW = 0.04  # share of the entries of a tile; above it the dense product is faster
-LEAST_ROWS = 256  # of a tile: shorter ones would go over the total too often
-SPARSE_WIDTH = 512  # K from which the product outweighs the conversion to a sparse tile
+
+
+def is_sparse(plan_hU: torch.Tensor, support: float, *others: torch.Tensor) -> bool:
+    """Whether products with a tile of so many entries that are not zero are to be sparse."""
+    return support < SPARSE_BELOW * plan_hU.numel() and native.can_call(plan_hU, *others)
 
 
 def add_product(
-    total_UK: torch.Tensor, plan_hU: torch.Tensor, values_hK: torch.Tensor, support: float
-) -> torch.Tensor | None:
-    """Add a tile's P^T X to the total; returns its P^T in CSR where that was used, else None.
-
-    Args:
-        support: number of entries of the tile that are not zero.
-    """
-    sparse = plan_hU.is_cpu and values_hK.shape[1] >= SPARSE_WIDTH
-    if not sparse or support > SPARSE_BELOW * plan_hU.numel():
+    total_UK: torch.Tensor, plan_hU: torch.Tensor, values_hK: torch.Tensor, sparse: bool
+) -> None:
+    """Add a tile's P^T X to the total."""
+    if not sparse:
         total_UK.addmm_(plan_hU.T, values_hK)
-        return None
-    plan_Uh = to_csr(plan_hU.T)
-    total_UK.add_(plan_Uh @ values_hK)
-    return plan_Uh
+        return
+    sizes = (*plan_hU.shape, values_hK.shape[1])
+    tensors = (plan_hU, values_hK, total_UK)
+    native.call("add_product", plan_hU.dtype, *tensors, *sizes, torch.get_num_threads())
 
 
 def product_grad(
-    values_hK: torch.Tensor, grad_UK: torch.Tensor, plan_Uh: torch.Tensor | None
-) -> torch.Tensor:
-    """dloss/dP (h, U) of a tile from dloss/d(P^T X).
+    out_hU: torch.Tensor,
+    values_hK: torch.Tensor,
+    grad_UK: torch.Tensor,
+    plan_hU: torch.Tensor | None,
+) -> None:
+    """Write dloss/dP of a tile from dloss/d(P^T X).
 
-    With the CSR tile that `add_product` returned, entries off its support are left 0: a sparse
-    projection has no derivative there.
+    With a plan, entries off its support are left 0: a sparse projection has no derivative there.
     """
-    if plan_Uh is None:
-        return values_hK @ grad_UK.T
-    sampled = torch.sparse.sampled_addmm(plan_Uh, grad_UK, values_hK.T, beta=0.0)
-    return sampled.to_dense().T
+    if plan_hU is None:
+        torch.mm(values_hK, grad_UK.T, out=out_hU)
+        return
+    sizes = (*plan_hU.shape, values_hK.shape[1])
+    tensors = (plan_hU, values_hK, grad_UK, out_hU)
+    native.call("product_grad", plan_hU.dtype, *tensors, *sizes, torch.get_num_threads())
+
+
+def plan_sums(plan_hU: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Row sums (h,), column sums (U,) and the number (1,) of entries that are not 0, float64.
+
+    Sums are made in the plan's dtype over blocks, and in float64 over those.
+    """
+    if not native.can_call(plan_hU):
+        support = plan_hU.sign().abs_().sum()
+        return plan_hU.sum(1).double(), plan_hU.sum(0).double(), support.double()[None]
+    (h, U), threads = plan_hU.shape, native.threads(len(plan_hU))
+    row_sums = torch.empty(h, dtype=torch.float64)
+    col_sums = torch.zeros(threads, U, dtype=torch.float64)
+    support = torch.zeros(threads, dtype=torch.float64)
+    tensors = (row_sums, col_sums, support)
+    native.call("plan_sums", plan_hU.dtype, plan_hU, h, U, *tensors, threads)
+    return row_sums, col_sums.sum(0), support.sum(0, keepdim=True)
 
 
 def to_csr(matrix: torch.Tensor) -> torch.Tensor:

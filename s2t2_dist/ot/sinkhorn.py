@@ -17,8 +17,9 @@ from s2t2_dist.errors import ConfigError, DataError
 from s2t2_dist.ot.dual import Dual
 from s2t2_dist.ot.dykstra import Dykstra
 from s2t2_dist.ot.entropic import Entropic
+from s2t2_dist.ot.products import plan_sums
 from s2t2_dist.ot.simplex import is_finite
-from s2t2_dist.ot.tiles import tiles
+from s2t2_dist.ot.tiles import new_matrix, tiles
 
 METHODS = ("dykstra", "dual", "dense")
 MASS_TOLERANCE = 1e-5  # relative; far above float32 rounding of a sum, far below a wrong unit
@@ -107,7 +108,7 @@ def sparse_sinkhorn(
     cost = cost_VU if whole else cost_VU[rows][:, columns]
     plan = _Solve.apply(cost, mu[rows], nu[columns], comm, options)
     sums = PlanSums(mu[rows], nu[columns])
-    for tile in tiles(plan):
+    for tile in tiles(plan):  # in no tile more rows than float32 can count
         sums.add(tile, plan.detach()[tile])
     row_error, col_error, support, _ = sums.reduce(comm)
     if not whole:
@@ -155,11 +156,11 @@ class PlanSums:
         self.row_error, self.support, self.log_sum = torch.zeros(3, 1).to(nu_U)
 
     def add(self, rows: slice, plan_hU: torch.Tensor) -> int:
-        """Count a tile in; returns how many of its entries are not zero."""
+        """Count a tile in (a row at least); returns how many of its entries are not zero."""
         mu = self.mu[rows]
-        self.col_sums += plan_hU.sum(0)
-        self.row_error = torch.maximum(self.row_error, ((plan_hU.sum(1) - mu).abs() / mu).max())
-        support = plan_hU.sign().abs_().sum()
+        row_sums, col_sums, support = plan_sums(plan_hU)
+        self.col_sums += col_sums
+        self.row_error = torch.maximum(self.row_error, ((row_sums - mu).abs() / mu).max())
         self.support += support
         return int(support)
 
@@ -235,6 +236,6 @@ class _Solve(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_plan):
         _ = ctx.saved_tensors
-        grad = grad_plan.clone(memory_format=torch.contiguous_format)
+        grad = new_matrix(grad_plan).copy_(grad_plan)
         ctx.solution.backward_(grad)
         return grad, *[None] * 4

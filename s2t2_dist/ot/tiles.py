@@ -4,7 +4,9 @@ A solver streams its matrices by tiles: blocks of rows small enough to stay in c
 large enough to fill it) while several passes go over them.
 """
 
+import ctypes
 import functools
+import mmap
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,6 +14,7 @@ from torch.utils._triton import has_triton
 
 CPU_TILE = 1 << 17  # entries of a tile: half a MiB of float32, to stay in a core's cache
 DEVICE_TILE = 1 << 26  # elsewhere: few, large kernels; it bounds the temporary memory
+OWN_MAPPING = 1 << 25  # bytes from which malloc gives a block pages of its own
 RECOMPILE_LIMIT = 64  # a pass is compiled once per iteration number and dtype
 
 
@@ -24,6 +27,24 @@ def tiles(matrix: torch.Tensor, least: int = 1) -> Iterator[slice]:
     rows, columns = matrix.shape
     height = max(least, (CPU_TILE if matrix.is_cpu else DEVICE_TILE) // columns)
     return (slice(start, min(start + height, rows)) for start in range(0, rows, height))
+
+
+def new_matrix(like: torch.Tensor, rows: int | None = None) -> torch.Tensor:
+    """A contiguous matrix of undefined entries with the columns of another, and its rows or `rows`.
+
+    On Linux a large one on a CPU is asked for in huge pages: one page fault for every 4 KiB takes
+    longer than a pass over the matrix.
+    """
+    matrix = like.new_empty(len(like) if rows is None else rows, like.shape[1])
+    size = matrix.numel() * matrix.element_size()
+    if matrix.is_cpu and size >= OWN_MAPPING and hasattr(mmap, "MADV_HUGEPAGE"):
+        start = -(-matrix.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (matrix.data_ptr() + size - start) // mmap.PAGESIZE * mmap.PAGESIZE
+        # Only advice: what it returns does not matter.
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE
+        )
+    return matrix
 
 
 class Passes:

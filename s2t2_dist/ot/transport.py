@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from s2t2_dist.comm import LocalComm
-from s2t2_dist.ot.products import LEAST_ROWS, add_product, product_grad, to_csr
+from s2t2_dist.ot.products import add_product, is_sparse, product_grad, to_csr
 from s2t2_dist.ot.sinkhorn import PlanSums, Solution, Thresholds, check_cost, solve
-from s2t2_dist.ot.tiles import tiles
+from s2t2_dist.ot.tiles import new_matrix, tiles
+
+LEAST_ROWS = 256  # of a tile in a product: shorter ones would go over the total too often
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,11 +24,11 @@ class Solved:
 
     Attributes:
         solution: the solve.
-        sparse_tiles: P^T of each tile in CSR where the product was sparse, else None.
+        sparse: for each tile, whether its products are sparse.
     """
 
     solution: Solution
-    sparse_tiles: list[torch.Tensor | None]
+    sparse: list[bool]
 
 
 class Transport:
@@ -83,26 +85,27 @@ class Transport:
         solution = self._solve()
         sums = PlanSums(self.mu, self.nu)
         translated_UK = self.values.new_zeros(len(self.nu), self.values.shape[1])
-        sparse_tiles = []
+        sparse = []
         for rows in self._tiles():
             plan = solution.plan(rows)
             support = sums.add(rows, plan)
             if self.method == "plain":
                 support = plan.numel()  # an entry of 0 has a derivative too
             values = self.values[rows]
-            sparse_tiles.append(add_product(translated_UK, plan, values, support))
+            sparse.append(is_sparse(plan, support, values))
+            add_product(translated_UK, plan, values, sparse[-1])
             sums.add_entropy(plan, self.mass)
         self._measure(sums)
-        return self.comm.sum_(translated_UK), Solved(solution, sparse_tiles)
+        return self.comm.sum_(translated_UK), Solved(solution, sparse)
 
     @torch.no_grad()
     def backward(self, solved: Solved, grad_UK: torch.Tensor, entropy_weight: float) -> None:
         """Set `cost.grad` from dloss/dY, the same on every rank; adds alpha * H(P) to the loss."""
-        grad_VU = torch.empty_like(self.cost)
-        for rows, sparse_tile in zip(self._tiles(), solved.sparse_tiles, strict=True):
-            grad_VU[rows] = product_grad(self.values[rows], grad_UK, sparse_tile)
+        grad_VU = new_matrix(self.cost)
+        for rows, sparse in zip(self._tiles(), solved.sparse, strict=True):
+            plan = solved.solution.plan(rows) if sparse or entropy_weight else None
+            product_grad(grad_VU[rows], self.values[rows], grad_UK, plan if sparse else None)
             if entropy_weight:
-                plan = solved.solution.plan(rows)
                 grad_VU[rows] += _entropy_grad(plan, self.mass).mul_(entropy_weight)
         solved.solution.backward_(grad_VU)
         self.cost.grad = grad_VU
