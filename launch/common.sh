@@ -55,11 +55,14 @@ logged() {
 }
 
 # DeepSpeed compiles its shared-memory operation in the first CPU run, where a second process would
-# wait for it, and for ever if the first is killed: it is compiled here instead.
-build_shm_op() {
+# wait for it, and for ever if the first is killed: it is compiled here instead, and so is our code.
+build_extensions() {
   DS_ACCELERATOR=cpu python -c '
+import torch
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-ShareMemCommBuilder().load(verbose=True)'
+from s2t2_dist.ot import native
+ShareMemCommBuilder().load(verbose=True)
+native.can_call(torch.ones(1))'
 }
 
 # install run|test [EXTRA]: the steps, without a look at what is there.
@@ -82,7 +85,7 @@ install() {
     "${pip[@]}" torch numpy ninja setuptools wheel packaging psutil py-cpuinfo
   logged "install 3/4: s2t2-dist and its requirements" \
     "${pip[@]}" --no-build-isolation -e "$ROOT${2:-}"
-  logged "install 4/4: compile DeepSpeed's shared-memory operation" build_shm_op
+  logged "install 4/4: compile the extensions for a CPU" build_extensions
   rm -f "$UNFINISHED"
 }
 

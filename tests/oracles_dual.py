@@ -26,8 +26,8 @@ def problem(kind, marginals, V, U, seed=0):
 
 
 def solve(cost, mu, nu, iterations=5000, tolerance=TIGHT, **options):
-    """On one rank and eagerly by default."""
-    options = {"comm": LocalComm(), "fused": False} | options
+    """On one rank by default."""
+    options = {"comm": LocalComm()} | options
     return Dual(cost, mu, nu, iterations=iterations, tolerance=tolerance, **options)
 
 

@@ -317,15 +317,15 @@ def test_sharded_rows_equal_one_rank(size, tmp_path):
         assert abs(len(ranks[0][i][3]) - len(calls)) <= 2  # rounding may add a step
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_fused_equals_eager(dtype):
-    """Compiles every pass. The order of sums differs, and nothing else."""
+@pytest.mark.parametrize("backend", ["native", pytest.param("compile", marks=pytest.mark.slow)])
+def test_backends_equal_eager(backend, dtype):
+    """The order of sums differs, and nothing else."""
     rounding = 64 * torch.finfo(dtype).eps
     for kind, V, U in [("random", 1000, 300), ("wide", 400, 64), ("constant", 700, 400)]:
         cost, mu, nu, _ = problem(kind, "row mass", V, U)
         cost = cost.to(dtype)
-        fused, eager = (solve(cost, mu, nu, 5, None, fused=choice) for choice in (True, False))
+        fused, eager = (solve(cost, mu, nu, 5, None, backend=b) for b in (backend, "eager"))
         # An entry and its threshold round by the size of the entry, at most 60 row masses here.
         assert_near(fused.plan(ALL), eager.plan(ALL), 60 * rounding)
         difference = (gradient(fused, cost) - gradient(eager, cost)).norm()

@@ -57,6 +57,7 @@ def test_without_a_compiler_torch_does_the_work_and_the_log_says_so(
     assert not list(fresh.glob("*"))  # nothing half compiled is kept
 
 
+@pytest.mark.slow
 def test_ranks_may_compile_at_the_same_time(fresh):
     code = "import torch; from s2t2_dist.ot import native; assert native.can_call(torch.ones(1))"
     ranks = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]

@@ -15,8 +15,9 @@ from collections.abc import Callable
 import torch
 
 from s2t2_dist.comm import LocalComm
+from s2t2_dist.ot import native
 from s2t2_dist.ot.simplex import NewtonSearch, below, newton_step
-from s2t2_dist.ot.tiles import Passes, tiles
+from s2t2_dist.ot.tiles import FUSED, Passes, tiles
 
 ROW_STEPS = 3  # Newton steps of a tile's rows before Python asks whether one still moves
 FEW = 8  # one column in so many is picked out of a tile; one entry in so many is kept by its index
@@ -46,7 +47,7 @@ class Dual:
         tolerance: largest relative error of a row sum at which to stop. Potentials resolve 1e-7
             (float32) or 2e-16 (float64) of the spread of C, and so the row sums cannot be closer.
         start: the `state` of a former solve with a cost nearby.
-        fused: whether to compile the passes; by default where that pays (`Passes`).
+        backend: how rows are swept, as for `dykstra.Dykstra`.
 
     Attributes:
         iterations: how many were taken.
@@ -65,10 +66,11 @@ class Dual:
         iterations: int,
         tolerance: float | None = None,
         start: tuple[torch.Tensor, torch.Tensor] | None = None,
-        fused: bool | None = None,
+        backend: str = "auto",
     ):
         self._cost_VU, self._mu_V1, self._nu_U = cost_VU.detach(), mu_V[:, None], nu_U
-        self._comm, self._run = comm, Passes(cost_VU, fused)
+        self._native = backend in ("auto", "native") and native.can_call(self._cost_VU)
+        self._comm, self._run = comm, Passes(cost_VU, FUSED.get(backend))
         self._top_V1 = cost_VU.new_empty(len(mu_V), 1)
         for rows in tiles(cost_VU):
             self._top_V1[rows] = self._cost_VU[rows].amax(1, keepdim=True)
@@ -142,6 +144,8 @@ class Dual:
         Returns row_V1, the columns' largest entries (U,), their counts and excesses (2, U) and
         the largest relative error of a row sum under the former potentials (1,).
         """
+        if self._native:
+            return self._native_rows()
         row_V1 = torch.empty_like(self._row_V1)
         top_U = self._col_U.new_full(self._col_U.shape, -math.inf)
         sums = torch.zeros(2, len(top_U), dtype=torch.float64, device=top_U.device)
@@ -160,6 +164,16 @@ class Dual:
             sums += tile_sums
         return row_V1, top_U, sums, error
 
+    def _native_rows(self):
+        (V, U), threads = self._cost_VU.shape, native.threads(len(self._cost_VU))
+        row_V1 = self._row_V1.clone()
+        errors = row_V1.new_zeros(threads)
+        tops = row_V1.new_full((threads, U), -math.inf)
+        sums = torch.zeros(threads, 2, U, dtype=torch.float64)
+        arguments = (self._top_V1, row_V1, self._col_U, self._mu_V1, errors, tops, sums, threads)
+        native.call("dual_rows", row_V1.dtype, self._cost_VU, V, U, *arguments)
+        return row_V1, tops.amax(0), sums.sum(0), errors.amax(0, keepdim=True)
+
     def _search_columns(self, top_U, sums):
         """New column potentials: from the former ones, at which the first sums were taken."""
         search = NewtonSearch(top_U, self._nu_U, self._col_U)
@@ -171,8 +185,10 @@ class Dual:
 
     def _column_sums(self, threshold_U, moving):
         """Counts and excesses of some columns on this rank, (2, n)."""
-        sums = torch.zeros(2, len(moving), dtype=torch.float64, device=moving.device)
         few = FEW * len(moving) <= len(threshold_U)
+        if self._native:
+            return self._native_columns(threshold_U, moving, few)
+        sums = torch.zeros(2, len(moving), dtype=torch.float64, device=moving.device)
         for rows in tiles(self._cost_VU):
             cost, top, row, _ = self._tile(rows)
             if few:
@@ -180,6 +196,14 @@ class Dual:
             else:
                 sums += self._run(_sums, cost, top, row, threshold_U)[:, moving]
         return sums
+
+    def _native_columns(self, threshold_U, moving, few):
+        (V, U), threads = self._cost_VU.shape, native.threads(len(self._cost_VU))
+        col, columns = (threshold_U[moving], moving.int()) if few else (threshold_U, None)
+        sums = torch.zeros(threads, 2, len(col), dtype=torch.float64)
+        arguments = (self._top_V1, self._row_V1, col, columns, sums, threads)
+        native.call("dual_columns", col.dtype, self._cost_VU, V, len(col), U, *arguments)
+        return sums.sum(0) if few else sums.sum(0)[:, moving]
 
     def _centre_rows(self, grad_VU):
         """What the linear system is made of.

@@ -23,6 +23,7 @@ from s2t2_dist.ot import native
 from s2t2_dist.ot.native_passes import MOST_ITERATIONS, NativePasses
 from s2t2_dist.ot.passes import State, TorchPasses
 from s2t2_dist.ot.simplex import NewtonSearch
+from s2t2_dist.ot.tiles import FUSED
 
 BACKENDS = ("auto", "native", "compile", "eager")
 
@@ -130,4 +131,4 @@ def make_passes(state: State, backend: str) -> TorchPasses | NativePasses:
         )
     if backend == "native" or (backend == "auto" and fits and native.can_call(state.cost.new())):
         return NativePasses(state)
-    return TorchPasses(state, fused={"compile": True, "eager": False}.get(backend))
+    return TorchPasses(state, fused=FUSED.get(backend))

@@ -11,7 +11,7 @@ import torch
 
 from s2t2_dist.ot import native
 
-SPARSE_BELOW = 0.04  # share of the entries of a tile; above it the dense product is faster
+SPARSE_BELOW = 0.15  # share of the entries of a tile; above it the dense product is faster
 
 
 def is_sparse(plan_hU: torch.Tensor, support: float, *others: torch.Tensor) -> bool:

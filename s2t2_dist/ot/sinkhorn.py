@@ -139,8 +139,8 @@ def solve(
     if method == "dense":
         return Entropic(*problem, iterations=iterations)
     if method == "dual":
-        fused = {"compile": True, "eager": False}.get(backend)
-        return Dual(*problem, iterations=iterations, tolerance=tolerance, start=start, fused=fused)
+        options = {"tolerance": tolerance, "start": start, "backend": backend}
+        return Dual(*problem, iterations=iterations, **options)
     return Dykstra(*problem, iterations=iterations, start=start, backend=backend)
 
 

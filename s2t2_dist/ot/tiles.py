@@ -15,6 +15,7 @@ from torch.utils._triton import has_triton
 CPU_TILE = 1 << 17  # entries of a tile: half a MiB of float32, to stay in a core's cache
 DEVICE_TILE = 1 << 26  # elsewhere: few, large kernels; it bounds the temporary memory
 OWN_MAPPING = 1 << 25  # bytes from which malloc gives a block pages of its own
+FUSED = {"compile": True, "eager": False}  # of backends; others leave it to `Passes`
 RECOMPILE_LIMIT = 64  # a pass is compiled once per iteration number and dtype
 
 

@@ -121,12 +121,12 @@ def _measured(case: Case, before: list[dict]) -> dict:
     """What `case.run` returns, or {"skipped": why}."""
     smaller = [c for c in before if (c["method"], c["spread"]) == (case.method, case.spread)]
     if smaller:
-        if "skipped" in smaller[-1]:
+        last = smaller[-1]
+        if "skipped" in last:
             return {"skipped": "not run: the size before was given up"}
-        longest = max(smaller[-1][key] for key in smaller[-1] if key.endswith("_seconds"))
-        growth = case.V * case.U / (smaller[-1]["V"] * smaller[-1]["U"])
-        # Below a second it is compilation and imports, which do not grow.
-        if longest > 1 and longest * growth > TOO_SLOW:
+        longest = last.get("both_seconds", last["forward_seconds"])  # the first call compiles
+        growth = case.V * case.U / (last["V"] * last["U"])
+        if longest * growth > TOO_SLOW:
             return {"skipped": f"not run: about {longest * growth / 60:.0f} min for one call"}
     return run_alone(case)
 
