@@ -333,7 +333,7 @@ def test_backends_equal_eager(backend, dtype):
         assert difference < (0.02 if dtype == torch.float32 else 1e-9) * eager.plan(ALL).norm()
 
 
-def test_the_row_error_benchmark_measures_the_methods(capsys, monkeypatch):
+def test_the_row_error_benchmark_measures_the_methods(tmp_path, monkeypatch):
     cost, mu, nu, _ = problem("random", "row mass", 60, 20)
     for n in (1, 4):
         *_, error = itertools.islice(row_errors.dykstra_errors(cost, mu, nu), n)
@@ -343,8 +343,8 @@ def test_the_row_error_benchmark_measures_the_methods(capsys, monkeypatch):
         assert error == pytest.approx(((plan.sum(1) - mu).abs() / mu).max().item(), abs=VALUE)
     assert row_errors.measure(iter([0.5] * 60 + [0.009] * 9)) == ([0.5] * 8, 61)
     monkeypatch.setattr(row_errors, "MOST", 60)
-    row_errors.main(40, 12)
-    printed = capsys.readouterr().out.splitlines()
+    row_errors.main(40, 12, tmp_path / "page.md")
+    printed = (tmp_path / "page.md").read_text().splitlines()
     rows = [line for line in printed if line.startswith("|") and "---" not in line]
     assert [line.count("|") for line in rows] == [11] * 7 + [4] * 4
     assert "over 60" in rows[-1]
