@@ -218,6 +218,15 @@ class Recipe(_Strict):
     stages: Annotated[list[AnyStage], Field(min_length=1)]
     tracking: TrackingConfig = TrackingConfig()
     save_total_limit: Positive = Field(2, description="newest checkpoints kept")
+    keep_steps: Positive | None = Field(
+        None, description="checkpoints at multiples of so many steps of a stage stay for good"
+    )
+    max_hours: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="time limit of one job: it saves and exits with code 3 before it"
+    )
+    max_bad_steps: Positive = Field(
+        5, description="end the run after so many steps in a row without a finite gradient"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":

@@ -27,6 +27,15 @@ STATUS = "status.json"
 CONFIG = "config.yaml"
 INPUTS = "inputs.json"
 LOCK = ".lock"
+# Of a recipe, besides `save_steps` of its stages: what cannot change a result.
+FREE_KEYS = (
+    "output_dir",
+    "tracking",
+    "save_total_limit",
+    "keep_steps",
+    "max_hours",
+    "max_bad_steps",
+)
 
 _log = logging.getLogger(__name__)
 
@@ -125,7 +134,7 @@ def _check(run_dir: Path, recipe: Recipe, inputs: dict, resume: str) -> None:
 def _decisive(values: dict) -> dict:
     """A resolved recipe without the keys that cannot change a result, which a resume may set."""
     values = deepcopy(values)
-    for key in ("output_dir", "tracking", "save_total_limit"):
+    for key in FREE_KEYS:
         values.pop(key, None)
     for stage in values["stages"]:
         stage.pop("save_steps", None)

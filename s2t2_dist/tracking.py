@@ -37,8 +37,9 @@ class MetricsFile:
         self._file = self.path.open("ab")
 
     def append(self, stage: str, stage_index: int, step: int, values: dict[str, float]) -> None:
-        """Write one line and flush it to the operating system."""
-        line = {"stage": stage, "stage_index": stage_index, "step": step, **values}
+        """Write one line and flush it to the operating system; JSON has no NaN: it is left out."""
+        finite = {key: value for key, value in values.items() if math.isfinite(value)}
+        line = {"stage": stage, "stage_index": stage_index, "step": step, **finite}
         line["time"] = round(time.time(), 3)
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()

@@ -10,10 +10,10 @@ ROOT = Path(__file__).parent.parent
 # A module may import from the lines above its own, and from its own line.
 LAYERS = [
     ["errors", "overrides", "config", "comm", "artifacts"],
-    ["ot", "shards", "data", "tracking", "schedule", "progress"],
+    ["ot", "shards", "data", "tracking", "schedule", "progress", "stopping", "leftovers"],
     ["model", "evaluate", "translation", "marginals", "plan_state"],
-    ["engine", "checkpoint", "export", "rundir"],
-    ["stage", "translate", "inputs", "stages", "trainer"],
+    ["engine", "checkpoint", "universal", "export", "rundir"],
+    ["stage", "translate", "inputs", "stages", "soundness", "trainer"],
     ["finished", "release", "score", "verify", "card", "figure", "translation_report", "compare"],
     ["cli"],
     ["train"],
