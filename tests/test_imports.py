@@ -14,7 +14,17 @@ LAYERS = [
     ["model", "evaluate", "translation", "marginals", "plan_state"],
     ["engine", "checkpoint", "universal", "export", "rundir"],
     ["stage", "translate", "inputs", "stages", "soundness", "trainer"],
-    ["finished", "release", "score", "verify", "card", "figure", "translation_report", "compare"],
+    [
+        "finished",
+        "replay",
+        "release",
+        "score",
+        "verify",
+        "card",
+        "figure",
+        "translation_report",
+        "compare",
+    ],
     ["cli"],
     ["train"],
 ]
