@@ -143,6 +143,8 @@ class Trainer:
         path = None if resume in ("auto", "never") else Path(resume)
         found = checkpoint.find(self.run_dir, self.comm, path)
         self.resume_dir, self.position = found or (None, None)
+        if found and self.comm.rank == 0:
+            print(f"resuming from {self.resume_dir.name}", flush=True)
         self.metrics: MetricsFile | None = None
         self.mlflow: MLflowShipper | None = None
         agree(self.comm, self._open_metrics, "opening the metrics")

@@ -119,13 +119,15 @@ class TranslateStage:
         grad_norm = self.translator.clip_grad_norm(self.stage.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        if math.isfinite(grad_norm):
+        finite = math.isfinite(grad_norm)
+        if finite:
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.translated = None
         clock.lap("translator")
         statistics = self.translator.statistics()
-        self._warn_once(statistics)
+        if finite:
+            self._warn_once(statistics)
         return nats, {
             "grad_norm": grad_norm,
             "translator_seconds": clock.seconds["translator"],
