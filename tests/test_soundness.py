@@ -109,11 +109,11 @@ def test_a_step_that_overflows_on_one_rank_changes_nothing_on_any(
         assert [math.isfinite(norm) for norm in norms] == [True, False, True], (zero, one)
 
 
-STEPS = 12
+STEPS, ROWS = 12, 4
 
 
 def _steps_with(token: int, reader: ShardReader) -> list[int]:
-    rows = rows_at(np.arange(STEPS * 8), len(reader), 17).reshape(STEPS, 8)
+    rows = rows_at(np.arange(STEPS * ROWS), len(reader), 17).reshape(STEPS, ROWS)
     return [step + 1 for step in range(STEPS) if any(token in reader[row] for row in rows[step])]
 
 
@@ -138,7 +138,7 @@ def _error_of(recipe: Path) -> str:
 def test_bad_rows_are_skipped_counted_and_passed_by(source_tokenizer, protein_data, tmp_path):
     """Where they come too often in a row, the run ends with a checkpoint, and goes on behind it."""
     model, bad = _broken_model(tmp_path / "model", source_tokenizer, protein_data)
-    stage = {**runs.STAGE, "max_steps": STEPS, "learning_rate": 0.002}
+    stage = {**runs.STAGE, "max_steps": STEPS, "train_batch_size": ROWS, "learning_rate": 0.002}
     changes = {
         "stages": [{"kind": "finetune", "init": "truncate", **stage}],
         "model": {"model_name_or_path": str(model), "dtype": "float32"},
