@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from s2t2_dist import artifacts
 from s2t2_dist.comm import LocalComm, agree
-from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error
+from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error, everywhere
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -123,12 +123,13 @@ def find(run_dir: Path, comm: LocalComm, path: Path | None = None) -> tuple[Path
     else:
         if not damaged:
             return None
-        error = ArtifactError(
-            f"no checkpoint to resume from: {'; '.join(damaged.values())}; bring one back, or "
-            "remove them all to start again from the beginning"
+        problems = "; ".join(damaged.values())
+        raise everywhere(
+            ArtifactError(
+                f"no checkpoint to resume from: {problems}; bring one back, or remove them all to "
+                "start again from the beginning"
+            )
         )
-        error.everywhere = True
-        raise error
     agree(comm, lambda: _set_aside(damaged, found, comm.rank), "setting a checkpoint aside")
     return found, _position(found)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from s2t2_dist import checkpoint
 from s2t2_dist.config import Stage
-from s2t2_dist.errors import S2T2Error
+from s2t2_dist.errors import S2T2Error, everywhere
 from s2t2_dist.evaluate import gives_finite_logits
 from s2t2_dist.stage import Context, StageRunner
 
@@ -42,12 +42,13 @@ class SkippedSteps:
         """Raises S2T2Error, on every rank, where there were `most` in a row."""
         if self.in_a_row < self.most:
             return
-        raise _everywhere(
+        message = (
             f"stage {stage.name}: the gradient was not finite in {self.in_a_row} steps in a row "
             f"(max_bad_steps), all skipped, the last of them {step}; the weights before them are "
             f"in {checkpoint.list_checkpoints(run_dir)[0]}: start again to go on with other rows, "
             "or lower the learning rate in a new output_dir"
         )
+        raise everywhere(S2T2Error(message))
 
 
 def require_sound(runner: StageRunner, context: Context, stage: Stage, step: int) -> None:
@@ -65,14 +66,8 @@ def require_sound(runner: StageRunner, context: Context, stage: Stage, step: int
         return
     saved = checkpoint.list_checkpoints(context.run_dir)
     last = f"the last good checkpoint is {saved[0]}" if saved else "there is no checkpoint"
-    raise _everywhere(
+    message = (
         f"stage {stage.name}: after step {step} the weights give no finite output for any row, so "
         f"they are not saved; {last}; lower the learning rate in a new output_dir"
     )
-
-
-def _everywhere(message: str) -> S2T2Error:
-    """An error that every rank raises."""
-    error = S2T2Error(message)
-    error.everywhere = True
-    return error
+    raise everywhere(S2T2Error(message))

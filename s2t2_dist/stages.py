@@ -11,6 +11,7 @@ from s2t2_dist import artifacts, engine, export, model, universal
 from s2t2_dist.comm import agree
 from s2t2_dist.config import Finetune, Pretrain, Stage, Translate
 from s2t2_dist.data import Batch
+from s2t2_dist.errors import ConfigError, everywhere
 from s2t2_dist.evaluate import sum_of_nats
 from s2t2_dist.stage import Context, StageRunner, or_nan
 from s2t2_dist.translate import TRANSLATION_DIR, TranslateStage, fold_translation
@@ -95,6 +96,14 @@ class WeightStage:
         if world_size == self.context.comm.size:
             self.lm.load(directory)
             return
+        zero = self.context.deepspeed.get("zero_optimization", {}).get("stage", 0)
+        if zero != 3:
+            raise everywhere(
+                ConfigError(
+                    f"{directory} was written by {world_size} ranks under ZeRO {zero}, which only "
+                    f"as many can load: start with {world_size} (ZeRO 3 resumes with any number)"
+                )
+            )
         with universal.converted(directory, self.context.comm) as copy:
             self.lm.load(copy, universal=True)
 
