@@ -7,6 +7,7 @@ a later call goes on where an earlier one stopped.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -119,11 +120,9 @@ class Killer:
             if not self._wait_for_moment(process, run_dir, kind, inside):
                 assert process.wait(END_SECONDS) == 0, launching.output(recipe)
                 return None
-            within = bool(list((run_dir / "checkpoints").glob(".tmp-[tf]*")))
+            within = _is_writing(run_dir)
             began = time.monotonic()
-            self._kill(process, kind)
-            if kind != "launcher":
-                within = bool(list((run_dir / "checkpoints").glob(".tmp-[tf]*")))
+            self._kill(process)
             seconds = time.monotonic() - began
         finally:
             launching.kill(process)
@@ -139,6 +138,7 @@ class Killer:
         """Wait for the time to kill; False where the run ended first."""
         if kind != "launcher" and not inside and self.rng.random() < STARTUP_SHARE:
             time.sleep(self.rng.uniform(0.5, 5))
+            self._aim(process, kind)
             return process.poll() is None
         before = (run_dir / "metrics.jsonl").stat().st_mtime_ns if run_dir.exists() else 0
         steps = self.rng.randint(1, 8)
@@ -149,28 +149,36 @@ class Killer:
             if not path.exists() or path.stat().st_mtime_ns == before:
                 continue
             lines = path.read_bytes().count(b"\n")
-            seen = lines if seen is None else seen
-            if inside and any((run_dir / "checkpoints").glob(".tmp-[tf]*")):
-                time.sleep(self.rng.uniform(0, 0.02))
+            if seen is None:
+                seen = lines
+                self._aim(process, kind)
+            if inside and _is_writing(run_dir):
+                time.sleep(self.rng.uniform(0, 0.01))
                 return True
             if not inside and lines >= seen + steps:
                 time.sleep(self.rng.uniform(0, 0.05))
                 return True
         return False
 
-    def _kill(self, process: subprocess.Popen, kind: str) -> None:
-        """SIGKILL; the rest of the job must then end by itself, in bounded time."""
-        family = psutil.Process(process.pid).children(recursive=True)
+    def _aim(self, process: subprocess.Popen, kind: str) -> None:
+        """Choose the processes to kill: looking for them later would take the moment away."""
+        parent = psutil.Process(process.pid)
+        self.family = [parent, *parent.children(recursive=True)]
         ranks = launching.ranks_of(process)
         if kind == "job" or not ranks:
-            launching.kill(process)
+            self.targets = self.family
         elif kind == "rank":
-            self.rng.choice(ranks).send_signal(signal.SIGKILL)
+            self.targets = [self.rng.choice(ranks)]
         else:
-            (launcher,) = {rank.ppid() for rank in ranks}
-            os.kill(launcher, signal.SIGKILL)
+            self.targets = [psutil.Process(ranks[0].ppid())]
+
+    def _kill(self, process: subprocess.Popen) -> None:
+        """SIGKILL; the rest of the job must then end by itself, in bounded time."""
+        for target in self.targets:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                target.send_signal(signal.SIGKILL)
         process.wait(END_SECONDS)
-        _, alive = psutil.wait_procs(family, END_SECONDS)
+        _, alive = psutil.wait_procs(self.family, END_SECONDS)
         assert not alive, f"{alive} still run"
 
     def _finish(self, recipe: Path) -> None:
@@ -222,6 +230,10 @@ def check_mlflow(run_dir: Path, uri: str) -> None:
         assert history == written, key
 
 
+def _is_writing(run_dir: Path) -> bool:
+    return any((run_dir / "checkpoints").glob(".tmp-[tf]*"))
+
+
 def _is_good(path: Path) -> bool:
     try:
         artifacts.verify(path, exact=True)
@@ -231,8 +243,10 @@ def _is_good(path: Path) -> bool:
 
 
 def _is_ours(name: str, ports: set[str]) -> bool:
-    """Not a buffer of another job on this machine."""
-    return not name.startswith("deepspeed_") or any(f"_{port}_" in name for port in ports)
+    """What torch, Python or DeepSpeed may have made, but no buffer of another job here."""
+    if name.startswith("deepspeed_"):
+        return any(f"_{port}_" in name for port in ports)
+    return name.startswith(("torch_", "psm_", "sem."))
 
 
 def _port(process: subprocess.Popen) -> str:
