@@ -126,25 +126,33 @@ def read_manifest(directory: Path) -> dict:
     return read_json(directory / MANIFEST)
 
 
-def verify(directory: Path, hashes: bool = True) -> dict:
+def verify(
+    directory: Path, hashes: bool = True, share: tuple[int, int] = (0, 1), exact: bool = False
+) -> dict:
     """Check every file of a sealed directory against its manifest and return the manifest.
 
     Args:
         hashes: compare sha256 as well as sizes (reads every byte).
+        share: (rank, size) where several ranks check a part of the files each.
+        exact: refuse a file that the manifest does not list.
 
     Raises:
-        ArtifactError: names the first file that is missing, of another size or altered.
+        ArtifactError: names the first file that is missing, of another size, altered or unlisted.
     """
     manifest = read_manifest(directory)
-    for name, entry in manifest["files"].items():
+    rank, size = share
+    for name, entry in sorted(manifest["files"].items())[rank::size]:
         path = directory / name
         if not path.is_file():
             raise ArtifactError(f"{path} is missing, but the manifest lists it; make it again")
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise ArtifactError(f"{path} has {size} bytes, the manifest says {entry['bytes']}")
+        found = path.stat().st_size
+        if found != entry["bytes"]:
+            raise ArtifactError(f"{path} has {found} bytes, the manifest says {entry['bytes']}")
         if hashes and sha256_file(path) != entry["sha256"]:
             raise ArtifactError(f"{path} was altered: its sha256 is not the manifest's")
+    unlisted = set(list_files(directory)) - manifest["files"].keys() if exact else ()
+    if unlisted:
+        raise ArtifactError(f"{directory / min(unlisted)} is not in the manifest; remove it")
     return manifest
 
 

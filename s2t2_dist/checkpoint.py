@@ -4,8 +4,11 @@ DeepSpeed marks a checkpoint as the latest before every rank has written it. So 
 into a temporary directory; after a barrier the ranks share the hashing, rank 0 writes the
 manifest and `COMPLETE`, and one rename makes it a checkpoint. The directory must be on a file
 system that every rank sees.
+
+Nothing of a checkpoint is read before every file in it was found to be what its manifest says.
 """
 
+import contextlib
 import logging
 import shutil
 from collections.abc import Callable
@@ -17,7 +20,7 @@ from safetensors import SafetensorError
 
 from s2t2_dist import artifacts
 from s2t2_dist.comm import LocalComm, agree
-from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error
+from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error, everywhere
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -40,6 +43,7 @@ def save(
     write: Callable[[Path], None],
     comm: LocalComm,
     keep: int,
+    keep_steps: int | None = None,
 ) -> None:
     """Write a checkpoint. A collective, phase by phase: a rank that fails holds up no other.
 
@@ -47,6 +51,7 @@ def save(
         write: writes this rank's state below the directory it is given. It may hold collectives
             and must then reach them all even where it fails (`engine.TrainedLM.save` does).
         keep: how many checkpoints stay; older ones are removed afterwards.
+        keep_steps: those at a multiple of so many steps of their stage stay for good.
 
     Raises:
         S2T2Error: on every rank, when the disk of any is full or not writable; earlier
@@ -68,10 +73,9 @@ def save(
         if comm.rank == 0:
             files = {name: entry for part in described for name, entry in part.items()}
             artifacts.seal(temporary, {"kind": "checkpoint", **asdict(position)}, files)
-            shutil.rmtree(target, ignore_errors=True)
+            _remove(target)
             artifacts.publish(temporary, target)
-            for old in list_checkpoints(run_dir)[keep:]:
-                shutil.rmtree(old)
+            _remove_old(run_dir, keep, keep_steps)
 
     def phase(step: Callable[[], T]) -> T:
         return agree(comm, lambda: _with_clear_error(step, target), f"saving {target}")
@@ -87,73 +91,120 @@ def save(
         raise
 
 
-def load(run_dir: Path, path: Path) -> tuple[Path, Position]:
-    """Check every file of a checkpoint of this run.
-
-    Raises:
-        ArtifactError: of another run, incomplete or altered.
-    """
-    if path.resolve().parent != (run_dir / "checkpoints").resolve():
-        raise ArtifactError(f"{path} is no checkpoint of {run_dir}; name one in its checkpoints/")
-    manifest = artifacts.verify(path)
-    return path, Position(**{key: manifest[key] for key in Position.__dataclass_fields__})
-
-
 def find(run_dir: Path, comm: LocalComm, path: Path | None = None) -> tuple[Path, Position] | None:
-    """The checkpoint to resume from, its every file checked by rank 0. A collective.
+    """The checkpoint to resume from, its every file checked; None in a new run. A collective.
+
+    The ranks share the hashing. Damaged checkpoints that are newer are set aside as
+    `.damaged-NAME`: the run writes their steps again.
 
     Args:
-        path: the one that was asked for; default: the newest that is whole, or None. One that
-            fails the check is then passed over with a warning.
+        path: the one that was asked for; default: the newest that is whole.
 
     Raises:
-        ArtifactError: on every rank, where `path` is damaged or of another run.
+        ArtifactError: on every rank, where `path` is damaged or of another run, or where there
+            are checkpoints and none is whole.
         ConfigError: on every rank, where `path` is not the newest: the metrics and checkpoints
             after it would mix with those that are written again.
     """
 
-    def look() -> tuple[Path, Position] | None:
+    def look() -> list[Path]:
         if comm.rank != 0:
-            return None
+            return []
         _clear_temporary(run_dir / "checkpoints")
-        return _newest(run_dir) if path is None else _asked_for(run_dir, path)
+        return _candidates(run_dir) if path is None else [_asked_for(run_dir, path)]
 
-    return comm.broadcast_object(agree(comm, look, "looking for a checkpoint"))
+    candidates = comm.broadcast_object(agree(comm, look, "looking for a checkpoint"))
+    damaged: dict[Path, str] = {}
+    for found in candidates:
+        problem = _problem(found, comm)
+        if problem is None:
+            break
+        damaged[found] = problem
+    else:
+        if not damaged:
+            return None
+        problems = "; ".join(damaged.values())
+        raise everywhere(
+            ArtifactError(
+                f"no checkpoint to resume from: {problems}; bring one back, or remove them all to "
+                "start again from the beginning"
+            )
+        )
+    agree(comm, lambda: _set_aside(damaged, found, comm.rank), "setting a checkpoint aside")
+    return found, _position(found)
 
 
-def _newest(run_dir: Path) -> tuple[Path, Position] | None:
-    for path in list_checkpoints(run_dir):
-        try:
-            return load(run_dir, path)
-        except ArtifactError as error:
-            _log.warning("checkpoint passed over: %s", error)
-    return None
+def _problem(path: Path, comm: LocalComm) -> str | None:
+    """What is wrong with a checkpoint, the same on every rank. A collective."""
+    problem = None
+    try:
+        artifacts.verify(path, share=(comm.rank, comm.size), exact=True)
+        _position(path)
+    except (ArtifactError, OSError) as error:  # a failing disk gives OSErrors
+        problem = str(error)
+    except KeyError as error:
+        problem = f"{path / artifacts.MANIFEST} is no checkpoint's: it has no {error}"
+    return next(filter(None, comm.gather_objects(problem)), None)
 
 
-def _asked_for(run_dir: Path, path: Path) -> tuple[Path, Position]:
-    found = load(run_dir, path)
+def _set_aside(damaged: dict[Path, str], used: Path, rank: int) -> None:
+    """On rank 0, rename what is damaged; a line each says why, and what is used instead."""
+    if rank != 0:
+        return
+    for path, problem in damaged.items():
+        aside = path.with_name(f".damaged-{path.name}")
+        _remove(aside)
+        path.rename(aside)
+        _log.warning("resuming from %s, since %s; kept as %s", used.name, problem, aside.name)
+
+
+def _candidates(run_dir: Path) -> list[Path]:
+    """What may be a checkpoint: those whose position cannot be read, then the newest position."""
+    sealed = list_checkpoints(run_dir)
+    return sorted({*(run_dir / "checkpoints").glob("[!.]*")} - {*sealed}) + sealed
+
+
+def _asked_for(run_dir: Path, path: Path) -> Path:
+    if path.resolve().parent != (run_dir / "checkpoints").resolve():
+        raise ArtifactError(f"{path} is no checkpoint of {run_dir}; name one in its checkpoints/")
     names = [other.name for other in list_checkpoints(run_dir)]
-    newer = names[: names.index(path.resolve().name)]
+    newer = names[: names.index(path.resolve().name)] if path.resolve().name in names else []
     if newer:
         raise ConfigError(
             f"--resume {path}: {run_dir / 'checkpoints'} holds newer checkpoints "
             f"({', '.join(newer)}); move them out of the run directory first"
         )
-    return found
+    return path
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Sealed checkpoints, newest position first; one whose manifest is unreadable is left out."""
+    """Sealed checkpoints, newest position first; their files were not checked."""
     sealed = []
     for path in (run_dir / "checkpoints").glob("[!.]*"):
-        if not artifacts.is_complete(path):
-            continue
-        try:
-            manifest = artifacts.read_json(path / artifacts.MANIFEST)
-            sealed.append(((manifest["stage_index"], manifest["step"]), path))
-        except (ArtifactError, KeyError) as error:
-            _log.warning("checkpoint passed over: %s: %s", path, error)
+        with contextlib.suppress(ArtifactError, OSError, KeyError):
+            position = _position(path)
+            sealed.append(((position.stage_index, position.step), path))
     return [path for _, path in sorted(sealed, reverse=True)]
+
+
+def _position(path: Path) -> Position:
+    manifest = artifacts.read_manifest(path)
+    return Position(**{key: manifest[key] for key in Position.__dataclass_fields__})
+
+
+def _remove_old(run_dir: Path, keep: int, keep_steps: int | None) -> None:
+    for old in list_checkpoints(run_dir)[keep:]:
+        if not keep_steps or _position(old).step % keep_steps:
+            _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory so that a kill in the middle leaves nothing that looks like one."""
+    if path.exists():
+        doomed = path.with_name(f".tmp-removed-{path.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def _clear_temporary(directory: Path) -> None:

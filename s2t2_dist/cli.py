@@ -132,6 +132,24 @@ def train(
     raise typer.Exit(trainer.run(load_recipe(recipe, overrides), resume))
 
 
+@app.command("track")
+def track(
+    run_dir: Annotated[Path, typer.Argument(help="A run's output_dir; no job may run in it.")],
+    seconds: Annotated[
+        float, typer.Option(min=1, help="How long the MLflow server may take.")
+    ] = 60.0,
+):
+    """Send MLflow the metrics of a run that it could not be reached for; each arrives once.
+
+    `MLFLOW_TRACKING_URI`, where set, wins over the recipe's `tracking.uri`.
+
+    Example: `s2t2 track runs/quickstart`
+    """
+    from s2t2_dist.replay import replay
+
+    print(replay(run_dir, seconds))
+
+
 class Dtype(StrEnum):
     """Of weights and activations."""
 

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from s2t2_dist.errors import ConfigError
+from s2t2_dist.overrides import apply_override
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -217,6 +218,15 @@ class Recipe(_Strict):
     stages: Annotated[list[AnyStage], Field(min_length=1)]
     tracking: TrackingConfig = TrackingConfig()
     save_total_limit: Positive = Field(2, description="newest checkpoints kept")
+    keep_steps: Positive | None = Field(
+        None, description="checkpoints at multiples of so many steps of a stage stay for good"
+    )
+    max_hours: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="time limit of one job: it saves and exits with code 3 before it"
+    )
+    max_bad_steps: Positive = Field(
+        5, description="end the run after so many steps in a row without a finite gradient"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
@@ -263,7 +273,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     if not isinstance(values, dict):
         raise ConfigError(f"recipe {path} holds no keys; see launch/recipes/quickstart.yaml")
     for override in overrides or []:
-        _apply_override(values, override)
+        apply_override(values, override)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -293,38 +303,6 @@ def _as_mapping(value: object) -> object:
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         return {item.get("name") or item.get("kind", str(i)): item for i, item in enumerate(value)}
     return value
-
-
-def _apply_override(values: dict, override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {override!r} is not key=value")
-    *parents, last = key.split(".")
-    node: Any = values
-    for i, part in enumerate(parents):
-        if isinstance(node, list):
-            node = _list_item(node, part, ".".join(parents[: i + 1]))
-        else:
-            node = node.setdefault(part, {})
-        if not isinstance(node, dict | list):
-            raise ConfigError(f"override {override!r}: {part!r} holds a value, not keys")
-    if isinstance(node, list):
-        raise ConfigError(f"override {override!r}: name a key of one item of {parents[-1]}")
-    try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not YAML") from None
-
-
-def _list_item(items: list, part: str, path: str) -> Any:
-    names = [
-        item.get("name") or item.get("kind") if isinstance(item, dict) else item for item in items
-    ]
-    if part in names:
-        return items[names.index(part)]
-    if part.isdecimal() and int(part) < len(items):
-        return items[int(part)]
-    raise ConfigError(f"override: {path} is not there, found {names}")
 
 
 def _first_problems(error: ValidationError) -> str:

@@ -4,6 +4,7 @@
 Both take a model that `model.load_lm` loaded under the same DeepSpeed settings.
 """
 
+import copy
 import gc
 import json
 import logging
@@ -17,7 +18,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers.utils.logging import disable_progress_bar
 
-from s2t2_dist.comm import TIMEOUT
+from s2t2_dist import leftovers
+from s2t2_dist.comm import TIMEOUT, world_comm
 from s2t2_dist.config import ModelConfig, Stage
 from s2t2_dist.errors import ConfigError
 
@@ -58,13 +60,16 @@ def init_distributed() -> torch.device:
         os.environ.update({key: str(value) for key, value in alone.items()})
         os.environ["MASTER_ADDR"] = "127.0.0.1"
     accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
+    on_cpu = accelerator.device_name() == "cpu"
+    if not on_cpu:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(
-        accelerator.communication_backend_name() if accelerator.device_name() != "cpu" else "gloo",
-        timeout=TIMEOUT,
-        verbose=False,
-    )
+    elif os.environ["LOCAL_RANK"] == "0":
+        leftovers.clear_stale_lock()
+    backend = "gloo" if on_cpu else accelerator.communication_backend_name()
+    deepspeed.init_distributed(backend, timeout=TIMEOUT, verbose=False)
+    if on_cpu:
+        world_comm().barrier()
+        leftovers.unlink_shared_buffer()
     return torch.device(accelerator.current_device_name())
 
 
@@ -149,6 +154,8 @@ class TrainedLM:
         self.accumulation = settings["gradient_accumulation_steps"]
         config = {**settings, "optimizer": {"type": "AdamW", "params": optimizer}}
         self.engine, *_ = deepspeed.initialize(model=model, config=config)
+        if settings["zero_optimization"].get("stage", 0) in (1, 2):
+            self.engine.optimizer.check_grad_overflow = True  # off in float32 by default
 
     def logits(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
         """Next-token logits (B, T, vocabulary)."""
@@ -167,7 +174,11 @@ class TrainedLM:
             self.engine.step()
 
     def step(self, learning_rate: float) -> float:
-        """Clip and apply the accumulated gradient; returns its norm before clipping."""
+        """Clip and apply the accumulated gradient; returns its norm before clipping.
+
+        Where the norm is not finite, DeepSpeed drops the gradient on every rank and leaves weights
+        and moments as they are.
+        """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.step()
@@ -201,9 +212,18 @@ class TrainedLM:
         if failures:
             raise failures[0]
 
-    def load(self, directory: Path) -> None:
-        """Restore what `save` wrote at the same world size (verified by the caller)."""
+    def load(self, directory: Path, universal: bool = False) -> None:
+        """Restore what `save` wrote at the same world size, or a universal copy at any.
+
+        DeepSpeed unpickles the files: the caller has checked them.
+        """
+        self.engine._config.load_universal_checkpoint = universal
         self.engine.load_checkpoint(str(directory), tag="engine", load_lr_scheduler_states=False)
+        self.engine._config.load_universal_checkpoint = False
+        if universal:
+            # All of its sub-groups share one tensor then, which each of them would count up.
+            for state in self.engine.optimizer.optimizer.state.values():
+                state["step"] = copy.copy(state["step"])
 
     def state_dict(self) -> dict[str, torch.Tensor] | None:
         """The whole model's weights on the CPU of rank 0; None elsewhere. A collective."""

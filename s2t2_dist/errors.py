@@ -24,3 +24,9 @@ class DataError(S2T2Error):
 
 class ArtifactError(S2T2Error):
     """A checkpoint, translation or model folder is incomplete, altered or of another kind."""
+
+
+def everywhere(error: S2T2Error) -> S2T2Error:
+    """The same error, marked as one that every rank raises."""
+    error.everywhere = True
+    return error

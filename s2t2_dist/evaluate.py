@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from s2t2_dist.comm import LocalComm
@@ -81,6 +82,24 @@ def evaluate(
             sums += torch.tensor([float(nats), batch.predicted, _predicted_bytes(batch, reader)])
     total = comm.sum_(sums.to(device)).tolist()
     return Evaluation(nats=total[0], tokens=int(total[1]), bytes=int(total[2]))
+
+
+def gives_finite_logits(
+    logits: Callable[[torch.Tensor], torch.Tensor],
+    reader: ShardReader,
+    batch_size: int,
+    device: torch.device,
+    comm: LocalComm,
+) -> bool:
+    """Whether any row of one pass over a split gets finite logits; if not, weights are lost.
+
+    One row that overflows is no reason to give a model up. A collective; arguments as `evaluate`.
+    """
+    rows = np.arange(comm.rank * batch_size, (comm.rank + 1) * batch_size) % len(reader)
+    with torch.no_grad():
+        found = logits(load_batch(reader, rows).input_ids.to(device))
+    finite = found.isfinite().all(2).all(1).any()
+    return bool(comm.max_(finite.int()[None]))
 
 
 def _predicted_bytes(batch: Batch, reader: ShardReader) -> int:

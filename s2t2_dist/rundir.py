@@ -27,6 +27,15 @@ STATUS = "status.json"
 CONFIG = "config.yaml"
 INPUTS = "inputs.json"
 LOCK = ".lock"
+# Of a recipe, besides `save_steps` of its stages: what cannot change a result.
+FREE_KEYS = (
+    "output_dir",
+    "tracking",
+    "save_total_limit",
+    "keep_steps",
+    "max_hours",
+    "max_bad_steps",
+)
 
 _log = logging.getLogger(__name__)
 
@@ -47,13 +56,24 @@ def claimed(run_dir: Path, recipe: Recipe, inputs: dict, resume: str) -> Iterato
     """
     _check(run_dir, recipe, inputs, resume)
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / LOCK).open("a+", encoding="utf-8") as lock:
-        _take(lock, run_dir)
+    with locked(run_dir):
         if not (run_dir / CONFIG).exists():
             artifacts.write_json(run_dir / INPUTS, inputs)
         # Last, as it makes this a run directory; rewritten for the keys that may change.
         values = recipe_values(recipe)
         artifacts.write_text(run_dir / CONFIG, yaml.safe_dump(values, sort_keys=False))
+        yield
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the lock of a run directory.
+
+    Raises:
+        S2T2Error: another job runs in it.
+    """
+    with (run_dir / LOCK).open("a+", encoding="utf-8") as lock:
+        _take(lock, run_dir)
         yield
 
 
@@ -125,7 +145,7 @@ def _check(run_dir: Path, recipe: Recipe, inputs: dict, resume: str) -> None:
 def _decisive(values: dict) -> dict:
     """A resolved recipe without the keys that cannot change a result, which a resume may set."""
     values = deepcopy(values)
-    for key in ("output_dir", "tracking", "save_total_limit"):
+    for key in FREE_KEYS:
         values.pop(key, None)
     for stage in values["stages"]:
         stage.pop("save_steps", None)

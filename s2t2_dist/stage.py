@@ -32,13 +32,21 @@ class Context:
         return export.special_ids(self.train.metadata)
 
 
+def or_nan(loss: torch.Tensor) -> torch.Tensor:
+    """The loss itself; where it is not finite, one whose every gradient is NaN.
+
+    So a loss that is lost on one rank shows in the norm of the summed gradient on all of them.
+    """
+    return loss * torch.where(loss.isfinite(), 1.0, torch.nan)
+
+
 class StageRunner(Protocol):
     """One stage on one rank. Every method but `logits` is a collective."""
 
     def train_step(
         self, batches: list[Batch], predicted: int, learning_rate: float
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """One optimizer step.
+        """One optimizer step; none, on any rank, where `grad_norm` of the metrics is not finite.
 
         Args:
             batches: this rank's micro-batches.
@@ -55,7 +63,8 @@ class StageRunner(Protocol):
 
     def save(self, directory: Path) -> None: ...
 
-    def load(self, directory: Path) -> None: ...
+    def load(self, directory: Path, world_size: int) -> None:
+        """Restore what `world_size` ranks saved, from a checkpoint that was checked."""
 
     def finish(self, record: dict) -> None:
         """Write the stage's result, with `record` in its manifest."""

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from s2t2_dist import artifacts, engine, export, model
+from s2t2_dist import artifacts, engine, export, model, universal
 from s2t2_dist.comm import agree
 from s2t2_dist.config import Finetune, Pretrain, Stage, Translate
 from s2t2_dist.data import Batch
+from s2t2_dist.errors import ConfigError, everywhere
 from s2t2_dist.evaluate import sum_of_nats
-from s2t2_dist.stage import Context, StageRunner
+from s2t2_dist.stage import Context, StageRunner, or_nan
 from s2t2_dist.translate import TRANSLATION_DIR, TranslateStage, fold_translation
 
 
@@ -84,15 +85,27 @@ class WeightStage:
         for batch in batches:
             logits = self.logits(batch.input_ids.to(self.context.device))
             loss = sum_of_nats(logits, batch.labels.to(self.context.device))
-            self.lm.backward(loss / predicted)
+            self.lm.backward(or_nan(loss / predicted))
             nats += loss.detach()
         return nats, {"grad_norm": self.lm.step(learning_rate)}
 
     def save(self, directory: Path) -> None:
         self.lm.save(directory)
 
-    def load(self, directory: Path) -> None:
-        self.lm.load(directory)
+    def load(self, directory: Path, world_size: int) -> None:
+        if world_size == self.context.comm.size:
+            self.lm.load(directory)
+            return
+        zero = self.context.deepspeed.get("zero_optimization", {}).get("stage", 0)
+        if zero != 3:
+            raise everywhere(
+                ConfigError(
+                    f"{directory} was written by {world_size} ranks under ZeRO {zero}, which only "
+                    f"as many can load: start with {world_size} (ZeRO 3 resumes with any number)"
+                )
+            )
+        with universal.converted(directory, self.context.comm) as copy:
+            self.lm.load(copy, universal=True)
 
     def finish(self, record: dict) -> None:
         """Write `model/`, the run's Hugging Face folder."""

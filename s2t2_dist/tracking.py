@@ -1,8 +1,14 @@
 """Metrics: an append-only `metrics.jsonl`, and MLflow fed from it. The only importer of `mlflow`.
 
-The file is the source of truth: rank 0 appends one line per step. A daemon thread ships lines to
-MLflow and records how far it came, so a slow or dead server never delays a step, and a resumed
-run goes on in the same MLflow run.
+The file is the source of truth and the spool: rank 0 appends one line per step. A daemon thread
+ships lines to MLflow and records how far it came, so a slow, hung or dead server never delays a
+step, and a resumed run goes on in the same MLflow run.
+
+Every point arrives once. MLflow only appends, and a request without an answer may have been
+carried out. So the lines of a request are written down before it is sent; where its answer is
+missing, after a SIGKILL too, the server is asked which of their points it has, and gets the others
+exactly as they were (MLflow's database ignores a point that is the same to its timestamp, should
+the first request still be under way).
 """
 
 import json
@@ -11,6 +17,7 @@ import math
 import os
 import threading
 import time
+import uuid
 from pathlib import Path
 
 from s2t2_dist.artifacts import read_json, write_json
@@ -24,6 +31,9 @@ RETRY_SECONDS = 0.5
 CLOSE_SECONDS = 60.0
 BATCH_ITEMS = 1000  # MLflow's limit for one log_batch call
 PARAM_CHARACTERS = 6000  # MLflow's limit for one parameter value
+RUN_KEY = "s2t2.run_key"  # tag by which a run is found again that was made but not written down
+# MLflow's own retries would hold the thread up for minutes; it tries again itself.
+HTTP = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "15", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 _KEYS = ("stage", "stage_index", "step", "time")
 
 _log = logging.getLogger(__name__)
@@ -37,8 +47,9 @@ class MetricsFile:
         self._file = self.path.open("ab")
 
     def append(self, stage: str, stage_index: int, step: int, values: dict[str, float]) -> None:
-        """Write one line and flush it to the operating system."""
-        line = {"stage": stage, "stage_index": stage_index, "step": step, **values}
+        """Write one line and flush it to the operating system; JSON has no NaN: it is left out."""
+        finite = {key: value for key, value in values.items() if math.isfinite(value)}
+        line = {"stage": stage, "stage_index": stage_index, "step": step, **finite}
         line["time"] = round(time.time(), 3)
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
@@ -80,9 +91,9 @@ class MLflowShipper:
     """Ships `metrics.jsonl` to one MLflow run from a daemon thread.
 
     `mlflow.json` in the run directory holds the tracking URI, the run id, the last
-    (stage index, step) that the server acknowledged, and the status of a run that was ended. A
-    call that fails is made again; what a job could not send, the next one in the same run
-    directory sends.
+    (stage index, step) that the server acknowledged (`shipped`), lines whose answer is missing
+    (`sending`), and the status of a run that was ended. A call that fails is made again; what a
+    job could not send, the next one in the same run directory sends, or `s2t2 track`.
 
     Args:
         params: flat parameters, logged once when the MLflow run is made.
@@ -97,11 +108,13 @@ class MLflowShipper:
         self._status = "FINISHED"
         self._deadline = math.inf
         self._offset = 0
+        self._ended = False
+        os.environ.update({key: os.environ.get(key, value) for key, value in HTTP.items()})
         self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
         self._thread.start()
 
-    def close(self, status: str, seconds: float = CLOSE_SECONDS) -> None:
-        """Ship what is left and end the MLflow run.
+    def close(self, status: str, seconds: float = CLOSE_SECONDS) -> bool:
+        """Ship what is left and end the MLflow run; returns whether the server has all of it.
 
         Args:
             status: FINISHED, KILLED or FAILED.
@@ -111,13 +124,14 @@ class MLflowShipper:
         self._deadline = time.monotonic() + seconds
         self._stop.set()
         self._thread.join(seconds)
-        if self.alive:
+        if not self._ended:
             _log.warning(
-                "MLflow at %s did not answer in time; metrics are in %s, and starting the run "
-                "again sends the rest",
+                "MLflow at %s did not take everything in %.0f s; `s2t2 track %s` sends the rest",
                 self.uri,
-                self.run_dir / METRICS,
+                seconds,
+                self.run_dir,
             )
+        return self._ended
 
     @property
     def alive(self) -> bool:
@@ -134,6 +148,7 @@ class MLflowShipper:
                 self._ship(*connection)
                 if ending:
                     self._terminate(*connection)
+                    self._ended = True
                     return
                 failing = False
             except Exception as error:  # tracking must never end a training run
@@ -152,16 +167,12 @@ class MLflowShipper:
         client = MlflowClient(tracking_uri=self.uri)
         path = self.run_dir / LINK
         link = read_json(path) if path.exists() else None
-        if link is not None and link["uri"] == self.uri:
-            client.update_run(link["run_id"], status="RUNNING")
-        else:
-            experiment = client.get_experiment_by_name(self.experiment)
-            if experiment is None:
-                experiment_id = client.create_experiment(self.experiment)
-            else:
-                experiment_id = experiment.experiment_id
-            run = client.create_run(experiment_id, run_name=self.run_dir.name)
-            link = {"uri": self.uri, "run_id": run.info.run_id, "shipped": [-1, -1]}
+        if link is None or link["uri"] != self.uri:
+            link = {"uri": self.uri, "run_key": uuid.uuid4().hex, "shipped": [-1, -1]}
+            write_json(path, link)
+        if "run_id" not in link:
+            link["run_id"] = self._make_run(client, link["run_key"])
+        client.update_run(link["run_id"], status="RUNNING")
         write_json(path, {**link, "status": "RUNNING"})
         if not link.get("params_logged"):
             params = [Param(key, value[:PARAM_CHARACTERS]) for key, value in self.params.items()]
@@ -171,34 +182,38 @@ class MLflowShipper:
         write_json(path, link)
         return client, link
 
+    def _make_run(self, client, run_key: str) -> str:
+        """Make the MLflow run, unless a request that got no answer has made it; returns its id."""
+        experiment = client.get_experiment_by_name(self.experiment)
+        if experiment is None:
+            experiment_id = client.create_experiment(self.experiment)
+        else:
+            experiment_id = experiment.experiment_id
+        made = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{run_key}'")
+        if not made:
+            name, tags = self.run_dir.name, {RUN_KEY: run_key}
+            made = [client.create_run(experiment_id, run_name=name, tags=tags)]
+        return made[0].info.run_id
+
     def _terminate(self, client, link: dict) -> None:
         client.set_terminated(link["run_id"], status=self._status)
         write_json(self.run_dir / LINK, {**link, "status": self._status})
 
     def _ship(self, client, link: dict) -> None:
         """Send the lines after `_offset`, which moves on when all of them are acknowledged."""
-        from mlflow.entities import Metric
-
+        self._settle(client, link)
         lines, offset = self._new_lines()
-        batch: list[Metric] = []
-        last = link["shipped"]
+        batch: list[dict] = []
+        items = 0
         for line in lines:
-            position = [line["stage_index"], line["step"]]
-            if position <= link["shipped"]:
+            if _position(line) <= link["shipped"]:
                 continue
-            milliseconds = int(line["time"] * 1000)
-            metrics = [
-                Metric(f"{line['stage']}/{key}", float(value), milliseconds, line["step"])
-                for key, value in line.items()
-                if key not in _KEYS
-            ]
-            if len(batch) + len(metrics) > BATCH_ITEMS:
-                self._send(client, link, batch, last)
-                batch = []
-            batch += metrics
-            last = position
-        if batch:
-            self._send(client, link, batch, last)
+            if items + len(line) > BATCH_ITEMS:
+                self._send(client, link, batch)
+                batch, items = [], 0
+            batch.append(line)
+            items += len(line)
+        self._send(client, link, batch)
         self._offset = offset
 
     def _new_lines(self) -> tuple[list[dict], int]:
@@ -209,10 +224,49 @@ class MLflowShipper:
         lines = [json.loads(line) for line in complete.splitlines()]
         return lines, self._offset + len(complete) + len(newline)
 
-    def _send(self, client, link: dict, metrics: list, last: list[int]) -> None:
-        client.log_batch(link["run_id"], metrics=metrics)
-        link["shipped"] = last
+    def _send(self, client, link: dict, lines: list[dict]) -> None:
+        """Send lines in one request, written down before and struck off after it."""
+        if not lines:
+            return
+        link["sending"] = lines
         write_json(self.run_dir / LINK, link)
+        self._log_points(client, link, had={})
+
+    def _settle(self, client, link: dict) -> None:
+        """Make sure of a request whose answer is missing."""
+        if "sending" not in link:
+            return
+        keys = {point.key for line in link["sending"] for point in _points(line)}
+        had = {
+            key: {point.step for point in client.get_metric_history(link["run_id"], key)}
+            for key in keys
+        }
+        self._log_points(client, link, had)
+
+    def _log_points(self, client, link: dict, had: dict[str, set[int]]) -> None:
+        """Send what is in `sending`, but for the steps that the server has of each key."""
+        points = [point for line in link["sending"] for point in _points(line)]
+        missing = [point for point in points if point.step not in had.get(point.key, ())]
+        if missing:
+            client.log_batch(link["run_id"], metrics=missing)
+        link["shipped"] = _position(link.pop("sending")[-1])
+        write_json(self.run_dir / LINK, link)
+
+
+def _position(line: dict) -> list[int]:
+    return [line["stage_index"], line["step"]]
+
+
+def _points(line: dict) -> list:
+    """A line of `metrics.jsonl` as MLflow metrics."""
+    from mlflow.entities import Metric
+
+    milliseconds = int(line["time"] * 1000)
+    return [
+        Metric(f"{line['stage']}/{key}", float(value), milliseconds, line["step"])
+        for key, value in line.items()
+        if key not in _KEYS
+    ]
 
 
 def is_shipped(run_dir: Path) -> bool:

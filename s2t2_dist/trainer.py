@@ -6,9 +6,7 @@ weights, moments and a position.
 """
 
 import contextlib
-import math
 import random
-import signal
 import time
 from dataclasses import asdict
 from importlib.metadata import version
@@ -28,30 +26,18 @@ from s2t2_dist.data import (
     require_tokenizer,
     rows_at,
 )
-from s2t2_dist.errors import ConfigError, S2T2Error
+from s2t2_dist.errors import S2T2Error
 from s2t2_dist.evaluate import Evaluation, evaluate
 from s2t2_dist.inputs import check_inputs
 from s2t2_dist.progress import Progress
 from s2t2_dist.schedule import learning_rate
+from s2t2_dist.soundness import SkippedSteps, require_sound
 from s2t2_dist.stage import Context, StageRunner
-from s2t2_dist.tracking import MetricsFile, MLflowShipper, flatten, is_shipped
+from s2t2_dist.stopping import StopRequest
+from s2t2_dist.tracking import MetricsFile, MLflowShipper, flatten, is_shipped, read_metrics
 
 EXIT_DONE = 0
 EXIT_PREEMPTED = 3
-
-
-class _StopRequest:
-    """Set by SIGTERM, SIGUSR1 or SIGINT; a second SIGINT ends the process at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, _: object) -> None:
-        self.asked = True
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
 
 
 class PreemptedError(Exception):
@@ -66,10 +52,11 @@ def run(recipe: Recipe, resume: str = "auto") -> int:
             a checkpoint of this run.
 
     Returns:
-        the exit code: 0 done, 3 stopped on request with a checkpoint written.
+        the exit code: 0 done, 3 stopped by a signal or the time limit, with a checkpoint written.
 
     Raises:
-        S2T2Error: a user's mistake, found before anything is written, or a full disk.
+        S2T2Error: a user's mistake, found before anything is written; a full disk; gradients that
+            are no longer finite.
     """
     device = engine.init_distributed()
     world = comm.world_comm()
@@ -151,22 +138,24 @@ class Trainer:
     def __init__(self, context: Context, resume: str):
         self.context = context
         self.recipe, self.run_dir, self.comm = context.recipe, context.run_dir, context.comm
-        self.stop = _StopRequest()
+        self.stop = StopRequest(self.comm.size > 1, self.recipe.max_hours)
+        self.skipped = SkippedSteps(self.recipe.max_bad_steps, self.comm.rank)
         path = None if resume in ("auto", "never") else Path(resume)
         found = checkpoint.find(self.run_dir, self.comm, path)
         self.resume_dir, self.position = found or (None, None)
+        if found and self.comm.rank == 0:
+            print(f"resuming from {self.resume_dir.name}", flush=True)
         self.metrics: MetricsFile | None = None
         self.mlflow: MLflowShipper | None = None
         agree(self.comm, self._open_metrics, "opening the metrics")
 
     def _open_metrics(self) -> None:
-        """Check that this job can go on from the checkpoint; on rank 0, open what it writes."""
-        if self.position:
-            stage = self.recipe.stages[self.position.stage_index]
-            _check_world_size(stage, self.position, self.resume_dir, self.comm.size)
+        """On rank 0, open the files that it writes."""
         if self.comm.rank == 0:
             self.metrics = MetricsFile(self.run_dir)
             self.metrics.truncate(self.position.metrics_bytes if self.position else 0)
+            counts = [line.get("skipped_steps", 0) for line in read_metrics(self.run_dir)]
+            self.skipped.total = max(counts, default=0)
             if self.recipe.tracking.enabled:
                 self.mlflow = _start_shipper(self.context)
 
@@ -207,7 +196,7 @@ class Trainer:
         resuming = self.position is not None and self.position.stage_index == index
         start = self.position.step if resuming else 0
         if resuming:
-            runner.load(self.resume_dir)
+            runner.load(self.resume_dir, self.position.world_size)
         progress = Progress(stage.name, start, stage.max_steps, self.comm.rank)
         if not resuming:
             evaluation = self._evaluate(runner, stage)
@@ -222,8 +211,10 @@ class Trainer:
                 values |= evaluation.metrics()
             self._log(stage, index, done, values, progress)
             stopping = self._stop_asked()
-            if done == stage.max_steps or done % stage.save_steps == 0 or stopping:
+            giving_up = self.skipped.in_a_row == self.skipped.most
+            if done == stage.max_steps or done % stage.save_steps == 0 or stopping or giving_up:
                 self._save(runner, stage, index, done)
+            self.skipped.require_fewer(self.run_dir, stage, done)
             if stopping and done < stage.max_steps:
                 raise PreemptedError
         record = {"recipe": recipe_values(self.recipe), "evaluation": asdict(evaluation)}
@@ -241,7 +232,7 @@ class Trainer:
         )
         nats, values = runner.train_step(batches, predicted, rate)
         loss = float(self.comm.sum_(nats)) / predicted
-        self._require_finite(loss, stage, step + 1)
+        values |= {"skipped_steps": self.skipped.count(stage, step + 1, values["grad_norm"])}
         seconds = time.perf_counter() - started
         tokens = stage.train_batch_size * self.context.train.context
         speed = {"tokens_per_second": tokens / seconds, "step_seconds": seconds}
@@ -263,19 +254,6 @@ class Trainer:
         micro = np.split(mine, passes)
         return [load_batch(reader, part) for part in micro], count_predicted(reader, rows)
 
-    def _require_finite(self, loss: float, stage: Stage, step: int) -> None:
-        """Stop, on every rank, before a checkpoint could hold weights that are lost."""
-        if math.isfinite(loss):
-            return
-        saved = checkpoint.list_checkpoints(self.run_dir)
-        last = f"the last checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
-        error = S2T2Error(
-            f"the loss of stage {stage.name} is {loss} at step {step}; {last}; "
-            "lower the learning rate in a new output_dir"
-        )
-        error.everywhere = True
-        raise error
-
     def _evaluate(self, runner: StageRunner, stage: Stage) -> Evaluation:
         runner.evaluation_mode(True)
         evaluation = evaluate(
@@ -296,14 +274,22 @@ class Trainer:
         progress.update(step, values)
 
     def _save(self, runner: StageRunner, stage: Stage, index: int, step: int) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            S2T2Error: on every rank, where the weights are lost: they are never saved.
+        """
+        started = time.monotonic()
+        require_sound(runner, self.context, stage, step)
         length = self.metrics.sync() if self.metrics else 0
         position = checkpoint.Position(index, stage.name, step, self.comm.size, length)
-        keep = self.recipe.save_total_limit
-        checkpoint.save(self.run_dir, position, runner.save, self.comm, keep)
+        keep = self.recipe.save_total_limit, self.recipe.keep_steps
+        checkpoint.save(self.run_dir, position, runner.save, self.comm, *keep)
+        self.stop.saved(time.monotonic() - started)
 
     def _stop_asked(self) -> bool:
         """Whether any rank was told to stop; every rank gives the same answer."""
-        flag = torch.tensor([int(self.stop.asked)], device=self.context.device)
+        flag = torch.tensor([int(self.stop.asked())], device=self.context.device)
         return bool(self.comm.max_(flag))
 
 
@@ -313,19 +299,3 @@ def seed_step(seed: int, stage_index: int, step: int, rank: int) -> None:
     random.seed(int(words[0]))
     np.random.seed(int(words[0]))
     torch.manual_seed(int(words[0]) << 32 | int(words[1]))
-
-
-def _check_world_size(
-    stage: Stage, position: checkpoint.Position, path: Path, world_size: int
-) -> None:
-    """DeepSpeed's moments are cut for the ranks that wrote them; a translate stage's rows are not.
-
-    Raises:
-        ConfigError: this job cannot resume from the checkpoint.
-    """
-    if not isinstance(stage, Translate) and position.world_size != world_size:
-        raise ConfigError(
-            f"checkpoint {path} was written by {position.world_size} ranks, this job has "
-            f"{world_size}; start it with {position.world_size} (only a translate stage resumes "
-            "at any number)"
-        )

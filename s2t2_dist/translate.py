@@ -8,6 +8,7 @@ Shapes: V and U source and target vocabulary, D width, R source rows of this ran
 """
 
 import logging
+import math
 import re
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ from s2t2_dist.evaluate import sum_of_nats
 from s2t2_dist.marginals import source_marginal, target_marginal
 from s2t2_dist.ot.translator import Translator, row_range
 from s2t2_dist.plan_state import load_plans, save_plans
-from s2t2_dist.stage import Context
+from s2t2_dist.stage import Context, or_nan
 from s2t2_dist.translation import Translation, load_translation, save_translation
 
 TRANSLATION_DIR = "translation"
@@ -111,19 +112,22 @@ class TranslateStage:
         for batch in batches:
             logits = self.logits(batch.input_ids.to(self.context.device))
             loss = sum_of_nats(logits, batch.labels.to(self.context.device))
-            (loss / predicted).backward()
+            or_nan(loss / predicted).backward()
             nats += loss.detach()
         clock.lap("lm")
         self.translator.backward(self.translated, self.stage.entropy_weight)
         grad_norm = self.translator.clip_grad_norm(self.stage.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.optimizer.step()
+        finite = math.isfinite(grad_norm)
+        if finite:
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self.translated = None
         clock.lap("translator")
         statistics = self.translator.statistics()
-        self._warn_once(statistics)
+        if finite:
+            self._warn_once(statistics)
         return nats, {
             "grad_norm": grad_norm,
             "translator_seconds": clock.seconds["translator"],
@@ -143,7 +147,7 @@ class TranslateStage:
     def save(self, directory: Path) -> None:
         save_plans(directory, self.rows, self.translator, self.optimizer)
 
-    def load(self, directory: Path) -> None:
+    def load(self, directory: Path, world_size: int) -> None:
         """Restore this rank's rows, whichever ranks wrote them.
 
         Raises:

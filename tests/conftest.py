@@ -59,8 +59,7 @@ def make_source_model(
     return folder
 
 
-@pytest.fixture(scope="session")
-def protein_fasta(tmp_path_factory) -> Path:
+def write_motif_proteins(path: Path) -> Path:
     """400 sequences of 30 to 120 residues, made of a few motifs, so that a BPE finds units."""
     rng = random.Random(5)
     motifs = ["".join(rng.choices(RESIDUES, k=rng.randint(2, 5))) for _ in range(60)]
@@ -70,9 +69,27 @@ def protein_fasta(tmp_path_factory) -> Path:
         while len(sequence) < length:
             sequence += rng.choice(motifs) if rng.random() < 0.7 else rng.choice(RESIDUES)
         lines.append(f">p{i}\n{sequence[:length]}\n")
-    path = tmp_path_factory.mktemp("fasta") / "proteins.fasta"
     path.write_text("".join(lines))
     return path
+
+
+def make_small_inputs(folder: Path) -> tuple[Path, Path]:
+    """A base model and a data directory without pytest; made once per folder."""
+    model, data = folder / "model", folder / "data"
+    if not data.exists():
+        folder.mkdir(parents=True)
+        fasta = write_motif_proteins(folder / "proteins.fasta")
+        train_tokenizer([fasta], folder / "source", SOURCE_VOCAB)
+        train_tokenizer([fasta], folder / "target", PROTEIN_VOCAB)
+        make_source_model(model, folder / "source")
+        build_shards([fasta], folder / "target", data, BuildOptions(CONTEXT, 0.2))
+    return model, data
+
+
+@pytest.fixture(scope="session")
+def protein_fasta(tmp_path_factory) -> Path:
+    """Made of motifs."""
+    return write_motif_proteins(tmp_path_factory.mktemp("fasta") / "proteins.fasta")
 
 
 @pytest.fixture(scope="session")

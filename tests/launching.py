@@ -40,15 +40,22 @@ def write_recipe(folder: Path, base: Path, shards: Path, **changes) -> Path:
     return path
 
 
-def command(recipe: Path, ranks: int, *overrides: str) -> list[str]:
-    """The command that trains: `s2t2 train` for 0 ranks, else the DeepSpeed launcher."""
+def command(recipe: Path, ranks: int, *overrides: str, launcher: bool = False) -> list[str]:
+    """The command that trains: `s2t2 train` for 0 ranks, else a job of so many.
+
+    Args:
+        launcher: start it by the DeepSpeed launcher, which takes some seconds more.
+    """
     if ranks == 0:
         return [str(BIN / "s2t2"), "train", str(recipe), *overrides]
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    launcher = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(port)]
-    return [*launcher, "--module", "s2t2_dist.train", str(recipe), *overrides]
+        port = str(s.getsockname()[1])
+    if not launcher:
+        spawn = [sys.executable, str(ROOT / "tests" / "spawn_ranks.py"), str(ranks), port]
+        return [*spawn, str(recipe), *overrides]
+    deepspeed = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port]
+    return [*deepspeed, "--module", "s2t2_dist.train", str(recipe), *overrides]
 
 
 def environment() -> dict[str, str]:
@@ -58,11 +65,11 @@ def environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")} | cpu
 
 
-def start(recipe: Path, ranks: int, *overrides: str) -> subprocess.Popen:
+def start(recipe: Path, ranks: int, *overrides: str, launcher: bool = False) -> subprocess.Popen:
     """Start a run in a session of its own, its output in `recipe`'s folder."""
     with (recipe.parent / "output.txt").open("ab") as output:
         return subprocess.Popen(
-            command(recipe, ranks, *overrides),
+            command(recipe, ranks, *overrides, launcher=launcher),
             cwd=recipe.parent,
             env=environment(),
             stdout=output,

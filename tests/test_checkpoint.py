@@ -33,15 +33,11 @@ def test_nothing_to_find(tmp_path):
     assert checkpoint.find(tmp_path, LocalComm()) is None
 
 
-def test_one_without_complete_is_not_a_checkpoint(tmp_path):
-    for step in (1, 2):
-        save(tmp_path, position(0, "translate", step))
-    (tmp_path / "checkpoints/translate-000002/COMPLETE").unlink()
-    assert checkpoint.find(tmp_path, LocalComm())[1].step == 1
-
-
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "no json"])
-def test_a_damaged_one_is_passed_over_for_the_one_before(tmp_path, damage, caplog):
+@pytest.mark.parametrize(
+    "damage", ["flip", "cut", "remove", "manifest", "no json", "unlisted", "not complete"]
+)
+def test_a_damaged_one_is_set_aside_for_the_one_before(tmp_path, damage, caplog):
+    """One line says what is wrong, and the damaged one never counts again."""
     for step in (1, 2):
         save(tmp_path, position(0, "translate", step))
     newest = tmp_path / "checkpoints/translate-000002"
@@ -52,6 +48,10 @@ def test_a_damaged_one_is_passed_over_for_the_one_before(tmp_path, damage, caplo
         state.write_text("sta")
     elif damage == "remove":
         state.unlink()
+    elif damage == "unlisted":  # DeepSpeed finds some files by pattern, and unpickles them
+        (newest / "mp_rank_00_model_states.pt").write_text("x")
+    elif damage == "not complete":
+        (newest / "COMPLETE").unlink()
     elif damage == "no json":
         (newest / artifacts.MANIFEST).write_text("{")
     else:
@@ -59,7 +59,22 @@ def test_a_damaged_one_is_passed_over_for_the_one_before(tmp_path, damage, caplo
         manifest.write_text(manifest.read_text().replace('"step": 2', '"step": 3'))
     with caplog.at_level("WARNING"):
         assert checkpoint.find(tmp_path, LocalComm())[1].step == 1
-    assert "translate-000002" in caplog.text
+    (line,) = caplog.messages
+    assert "resuming from translate-000001, since" in line and "translate-000002" in line
+    # Retention counts what is good only: the next two saves leave themselves.
+    for step in (3, 4):
+        save(tmp_path, position(0, "translate", step), keep=2)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == [".damaged-translate-000002", "translate-000003", "translate-000004"]
+
+
+def test_where_none_is_good_nothing_starts_over_in_silence(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, position(0, "translate", step))
+        (tmp_path / f"checkpoints/translate-00000{step}/state").write_text("other")
+    with pytest.raises(ArtifactError, match=r"no checkpoint to resume from: .*2/state .*1/state"):
+        checkpoint.find(tmp_path, LocalComm())
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
 
 
 def test_asking_for_a_damaged_one_by_name_is_refused(tmp_path):
@@ -99,6 +114,14 @@ def test_old_ones_are_removed_only_after_the_new_one_is_there(tmp_path):
     assert names == ["translate-000002", "translate-000003"]
 
 
+def test_every_nth_stays_for_good(tmp_path):
+    for step in range(1, 11):
+        where = position(0, "translate", step)
+        checkpoint.save(tmp_path, where, lambda d: None, LocalComm(), 2, keep_steps=4)
+    names = sorted(path.name[-2:] for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["04", "08", "09", "10"]
+
+
 def test_a_failed_save_leaves_the_ones_before_and_one_clear_line(tmp_path):
     save(tmp_path, position(0, "translate", 1), keep=1)
 
@@ -133,6 +156,22 @@ def test_every_ranks_files_are_in_the_manifest(tmp_path):
     path = found[0][0]
     assert artifacts.verify(path)["files"].keys() == {"rank-0", "rank-1"}
     shutil.rmtree(path)
+
+
+def _damaged_in_the_share_of_rank_1(comm, run_dir):
+    for step in (1, 2):
+        where = checkpoint.Position(0, "translate", step, comm.size, 0)
+        checkpoint.save(
+            run_dir, where, lambda d: (d / f"rank-{comm.rank}").write_text("x") and None, comm, 2
+        )
+    if comm.rank == 0:
+        (run_dir / "checkpoints/translate-000002/rank-1").write_text("y")
+    comm.barrier()
+    return checkpoint.find(run_dir, comm)[1].step
+
+
+def test_damage_in_one_ranks_share_is_every_ranks_finding(tmp_path):
+    assert run_ranks(_damaged_in_the_share_of_rank_1, 2, tmp_path, tmp_path / "run") == [1, 1]
 
 
 def _save_where_rank_1_fails(comm, run_dir) -> tuple[str, bool]:

@@ -9,12 +9,22 @@ ROOT = Path(__file__).parent.parent
 
 # A module may import from the lines above its own, and from its own line.
 LAYERS = [
-    ["errors", "config", "comm", "artifacts"],
-    ["ot", "shards", "data", "tracking", "schedule", "progress"],
+    ["errors", "overrides", "config", "comm", "artifacts"],
+    ["ot", "shards", "data", "tracking", "schedule", "progress", "stopping", "leftovers"],
     ["model", "evaluate", "translation", "marginals", "plan_state"],
-    ["engine", "checkpoint", "export", "rundir"],
-    ["stage", "translate", "inputs", "stages", "trainer"],
-    ["finished", "release", "score", "verify", "card", "figure", "translation_report", "compare"],
+    ["engine", "checkpoint", "universal", "export", "rundir"],
+    ["stage", "translate", "inputs", "stages", "soundness", "trainer"],
+    [
+        "finished",
+        "replay",
+        "release",
+        "score",
+        "verify",
+        "card",
+        "figure",
+        "translation_report",
+        "compare",
+    ],
     ["cli"],
     ["train"],
 ]

@@ -1,15 +1,24 @@
 """Metrics on disk and in a real MLflow store, across a resume."""
 
 import json
-import sqlite3
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
+from s2t2_dist.cli import run
 from s2t2_dist.config import TrackingConfig
 from s2t2_dist.errors import ArtifactError
+from s2t2_dist.rundir import locked
 from s2t2_dist.tracking import MetricsFile, MLflowShipper, flatten, is_shipped, read_metrics
+from tests.bench import outage
+from tests.mlflow_server import BadNetwork, MLflowServer
+from tests.runs import TRANSLATE, make_recipe, write_run
 
 
 @pytest.fixture(autouse=True)
@@ -93,43 +102,134 @@ def _wait_until(reached, what: str, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.slow
-def test_an_outage_delays_metrics_and_loses_none(tmp_path, caplog):
-    """The store is locked by someone else, once in the middle of a run and once at its end."""
-    database = tmp_path / "mlflow.db"
-    uri = f"sqlite:///{database}"
-    tracking = TrackingConfig(uri=uri)
-    metrics = MetricsFile(tmp_path)
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[MLflowServer]:
+    with MLflowServer(tmp_path_factory.mktemp("mlflow")) as started:
+        yield started
 
-    def shipped(step: int) -> bool:
-        link = tmp_path / "mlflow.json"
-        return link.exists() and json.loads(link.read_text())["shipped"] == [0, step]
 
-    def append(step: int) -> None:
-        metrics.append("translate", 0, step, {"loss": 1.0 / step})
+def _link(run_dir: Path) -> dict:
+    path = run_dir / "mlflow.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
-    append(1)
-    shipper = MLflowShipper(tmp_path, tracking, {})
-    _wait_until(lambda: shipped(1), "first line")
-    with sqlite3.connect(database, isolation_level=None) as other:
-        other.execute("BEGIN EXCLUSIVE")
-        append(2)
-        _wait_until(lambda: "locked" in caplog.text, "a failed call")
-        append(3)
-        other.execute("ROLLBACK")
-        _wait_until(lambda: shipped(3), "lines after the outage")
-        other.execute("BEGIN EXCLUSIVE")
-        append(4)
-        shipper.close("FINISHED", seconds=1)
-        _wait_until(lambda: not shipper.alive, "the shipper gives up")
-        other.execute("ROLLBACK")
-    assert not is_shipped(tmp_path)
-    MLflowShipper(tmp_path, tracking, {}).close("FINISHED")
+
+def _append(run_dir: Path, *steps: int) -> None:
+    metrics = MetricsFile(run_dir)
+    for step in steps:
+        metrics.append("translate", 0, step, {"loss": 1.0 / step, "entropy": float(step)})
     metrics.close()
+
+
+def _require_each_once(uri: str, run_dir: Path, steps: range) -> None:
+    """In order, and with the times of `metrics.jsonl` where no step was run twice."""
+    assert _history(uri, run_dir, "translate/loss") == [(step, 1.0 / step) for step in steps]
+    assert _history(uri, run_dir, "translate/entropy") == [(step, step) for step in steps]
+
+
+@pytest.mark.slow
+def test_a_hung_and_a_dead_server_lose_nothing(server, tmp_path, monkeypatch, caplog):
+    """SIGSTOP: a request is accepted, unanswered, and sent again; then SIGKILL and a restart."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    _append(tmp_path, 1)
+    shipper = MLflowShipper(tmp_path, TrackingConfig(uri=server.uri), {})
+    _wait_until(lambda: _link(tmp_path).get("shipped") == [0, 1], "first line")
+    server.signal(signal.SIGSTOP)
+    _append(tmp_path, 2, 3)
+    _wait_until(lambda: len(_failures(caplog)) == 1, "a call without an answer")
+    _append(tmp_path, 4)
+    time.sleep(3)  # at least one more attempt
+    server.signal(signal.SIGCONT)
+    _wait_until(lambda: _link(tmp_path).get("shipped") == [0, 4], "lines after the hang")
+    server.kill()
+    _append(tmp_path, 5)
+    _wait_until(lambda: len(_failures(caplog)) == 2, "a refused call")
+    assert not shipper.close("FINISHED", seconds=1) and not is_shipped(tmp_path)
+    _wait_until(lambda: not shipper.alive, "the shipper gives up")
+    server.start()
+    assert MLflowShipper(tmp_path, TrackingConfig(uri=server.uri), {}).close("FINISHED")
     assert is_shipped(tmp_path)
-    assert _history(uri, tmp_path, "translate/loss") == [(step, 1.0 / step) for step in range(1, 5)]
+    _require_each_once(server.uri, tmp_path, range(1, 6))
+
+
+def _failures(caplog) -> list[str]:
+    """One line for each outage."""
     ours = [record.message for record in caplog.records if record.name == "s2t2_dist.tracking"]
-    assert len(ours) == 3, "one line for each outage, one as the run ended"
+    return [message for message in ours if message.endswith("metrics are in metrics.jsonl")]
+
+
+SHIP = """
+import sys, time
+from pathlib import Path
+from s2t2_dist.config import TrackingConfig
+from s2t2_dist.tracking import MLflowShipper
+MLflowShipper(Path(sys.argv[1]), TrackingConfig(uri=sys.argv[2]), {})
+time.sleep(120)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loses", ["request", "answer"])
+def test_a_kill_between_request_and_answer(loses, server, tmp_path):
+    """The job is killed when it waits for the answer to a request that ran, or did not.
+
+    The resumed job writes the steps after its checkpoint again, at other times.
+    """
+    _append(tmp_path, 1)
+    with BadNetwork(server.port) as network:
+        with subprocess.Popen([sys.executable, "-c", SHIP, tmp_path, network.uri]) as job:
+            _wait_until(lambda: _link(tmp_path).get("shipped") == [0, 1], "first line")
+            length = (tmp_path / "metrics.jsonl").stat().st_size
+            network.loses = loses
+            _append(tmp_path, 2, 3)
+            assert network.lost.wait(60)
+            job.kill()
+        ran = [(1, 1.0), (2, 1 / 2), (3, 1 / 3)]
+        expected = ran if loses == "answer" else ran[:1]
+        assert _history(server.uri, tmp_path, "translate/loss") == expected
+        assert [line["step"] for line in _link(tmp_path)["sending"]] == [2, 3]
+        metrics = MetricsFile(tmp_path)
+        metrics.truncate(length)
+        metrics.close()
+        _append(tmp_path, 2, 3, 4)
+        network.loses = "nothing"
+        assert MLflowShipper(tmp_path, TrackingConfig(uri=network.uri), {}).close("FINISHED")
+    _require_each_once(server.uri, tmp_path, range(1, 5))
+
+
+@pytest.mark.slow
+def test_a_run_that_was_made_without_an_answer_is_found_again(server, tmp_path):
+    """Killed between making the MLflow run and writing its id down: there is one run, not two."""
+    _append(tmp_path, 1)
+    tracking = TrackingConfig(uri=server.uri, experiment="made-twice")
+    MLflowShipper(tmp_path, tracking, {}).close("KILLED")
+    link = _link(tmp_path)
+    run_id = link.pop("run_id")
+    (tmp_path / "mlflow.json").write_text(json.dumps({**link, "shipped": [-1, -1]}))
+    MLflowShipper(tmp_path, tracking, {}).close("FINISHED")
+    assert _link(tmp_path)["run_id"] == run_id
+    client = MlflowClient(tracking_uri=server.uri)
+    experiment = client.get_experiment_by_name("made-twice")
+    assert len(client.search_runs([experiment.experiment_id])) == 1
+    _require_each_once(server.uri, tmp_path, range(1, 2))
+
+
+@pytest.mark.slow
+def test_track_sends_what_is_left(server, source_model, protein_data, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    recipe = make_recipe(run_dir, source_model, protein_data, [TRANSLATE])
+    recipe = recipe.model_copy(update={"tracking": TrackingConfig(uri=server.uri)})
+    write_run(recipe, [], state="failed")
+    _append(run_dir, *range(1, 300))
+    assert run(["track", str(run_dir)]) == 0
+    assert "299 lines" in capsys.readouterr().out
+    _require_each_once(server.uri, run_dir, range(1, 300))
+    client = MlflowClient(tracking_uri=server.uri)
+    assert client.get_run(_link(run_dir)["run_id"]).info.status == "FAILED"
+    with locked(run_dir):
+        assert run(["track", str(run_dir)]) == 2
+    assert "is in use by process" in capsys.readouterr().err
+    assert run(["track", str(tmp_path)]) == 2
+    assert "is no run directory" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -152,3 +252,14 @@ def test_flat_parameters_name_the_stage():
     flat = flatten(values)
     expected = {"seed": "1", "stages.translate.max_steps": "5", "data.path": "d"}
     assert flat == expected | {"stages.translate.name": "translate"}
+
+
+@pytest.mark.slow
+def test_a_run_does_not_notice_that_its_server_is_gone(tmp_path):
+    """By the script that measures an outage of a minute: `tests/bench/outage.py`."""
+    found = outage.measure(tmp_path, seconds=6, quiet=3)
+    medians = {name: part["median"] for name, part in found["steps"].items()}
+    assert all(part["steps"] >= 10 for part in found["steps"].values()), found
+    # Loosely: CI machines are noisy. A call that waited in a step would take seconds.
+    assert medians["during"] < 3 * medians["before"], found
+    assert found["points"] > 100

@@ -1,0 +1,317 @@
+"""Kill a small run of both stages again and again: python -m tests.bench.kills --kills 100
+
+SIGKILL of a random rank, of DeepSpeed's launcher or of the whole job, at random moments; a third
+of them inside a checkpoint write. Each start resumes the run that was killed before; a run that
+is done is compared with one that nobody disturbed, and the next one begins. With the same --work
+a later call goes on where an earlier one stopped.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+from mlflow import MlflowClient
+
+from s2t2_dist import artifacts
+from s2t2_dist.checkpoint import list_checkpoints
+from s2t2_dist.errors import ArtifactError
+from tests import launching
+from tests.conftest import make_small_inputs
+
+KINDS = ("rank", "launcher", "job")
+RANKS = 2
+STEPS = 30
+STAGE = {"train_batch_size": 8, "per_device_train_batch_size": 2, "eval_steps": 10, "save_steps": 4}
+END_SECONDS = 120
+EXTENSIONS = Path(os.environ.get("TORCH_EXTENSIONS_DIR", launching.BIN.parent / "torch_extensions"))
+STARTUP_SHARE = 0.1  # of the kills at random moments
+
+
+@dataclass(frozen=True)
+class Kill:
+    """What was killed, when, and what the next start went on from."""
+
+    run: int
+    kind: str
+    stage: str
+    step: int
+    inside_write: bool
+    seconds_to_end: float
+    resumed_from: str = ""
+
+
+class Killer:
+    """A series of runs below `work`, and the records of what was done to them."""
+
+    def __init__(self, work: Path, seed: int):
+        self.work, self.rng = work, random.Random(seed)
+        self.log = work / "kills.jsonl"
+        self.ports: set[str] = set()
+        for name in ("home", "tmp"):
+            (work / name).mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))
+        os.environ.update({"HOME": str(work / "home"), "TMPDIR": str(work / "tmp")})
+        self.model, self.data = make_small_inputs(work / "inputs")
+        self.uri = f"sqlite:///{work}/mlflow.db"
+        MlflowClient(tracking_uri=self.uri).search_experiments()  # makes the database, undisturbed
+        self.reference = self._reference()
+
+    @property
+    def kills(self) -> list[dict]:
+        """Records of all calls with this `work`."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def run(self, kills: int) -> None:
+        """Kill until there are so many records and the last run is done."""
+        while True:
+            number = len(list(self.work.glob("run-*/checked"))) + 1
+            recipe = self._recipe(f"run-{number:03d}")
+            done = len(self.kills)
+            if done >= kills:
+                if (recipe.parent / "run").exists():
+                    self._finish(recipe)
+                return
+            kind = KINDS[done % len(KINDS)]
+            # Of a launcher's death the ranks learn in their first step: no earlier moment for it.
+            record = self._start_and_kill(recipe, number, kind, inside=done // len(KINDS) % 3 == 0)
+            if record is None:
+                self._check(recipe)
+                continue
+            with self.log.open("a") as f:
+                f.write(json.dumps(asdict(record)) + "\n")
+            print(f"{len(self.kills)}: {record}", flush=True)
+
+    def _recipe(self, name: str) -> Path:
+        stages = [
+            {"kind": "translate", "max_steps": STEPS, "learning_rate": 0.01, **STAGE},
+            {"kind": "finetune", "max_steps": STEPS, "learning_rate": 0.002, **STAGE},
+        ]
+        tracking = {"enabled": True, "uri": self.uri}
+        options = {"stages": stages, "tracking": tracking}
+        return launching.write_recipe(self.work / name, self.model, self.data, **options)
+
+    def _reference(self) -> list[tuple]:
+        recipe = self._recipe("reference")
+        run_dir = recipe.parent / "run"
+        if not run_dir.exists() or launching.status(run_dir)["state"] != "done":
+            assert launching.train(recipe, RANKS) == 0, launching.output(recipe)
+            outside = self.work / "outside.json"
+            outside.write_text(json.dumps(sorted(self._outside())))
+        return launching.losses(run_dir)
+
+    def _start_and_kill(self, recipe: Path, number: int, kind: str, inside: bool) -> Kill | None:
+        """None where the run was done before its turn came."""
+        run_dir = recipe.parent / "run"
+        good = {path.name for path in list_checkpoints(run_dir) if _is_good(path)}
+        (recipe.parent / "output.txt").write_text("")
+        process = launching.start(recipe, RANKS, launcher=kind == "launcher")
+        self.ports.add(_port(process))
+        try:
+            if not self._wait_for_moment(process, run_dir, kind, inside):
+                assert process.wait(END_SECONDS) == 0, launching.output(recipe)
+                return None
+            within = _is_writing(run_dir)
+            began = time.monotonic()
+            self._kill(process)
+            seconds = time.monotonic() - began
+        finally:
+            launching.kill(process)
+        last = (launching.metrics(run_dir) or [{"stage": "start", "step": 0}])[-1]
+        resumed = _resumed_from(recipe)
+        assert not resumed or resumed in good, f"resumed from {resumed}, good were {good}"
+        assert resumed or not good or last["stage"] == "start" or inside is None, good
+        return Kill(number, kind, last["stage"], last["step"], within, round(seconds, 2), resumed)
+
+    def _wait_for_moment(
+        self, process: subprocess.Popen, run_dir: Path, kind: str, inside: bool
+    ) -> bool:
+        """Wait for the time to kill; False where the run ended first."""
+        if kind != "launcher" and not inside and self.rng.random() < STARTUP_SHARE:
+            time.sleep(self.rng.uniform(0.5, 5))
+            self._aim(process, kind)
+            return process.poll() is None
+        before = (run_dir / "metrics.jsonl").stat().st_mtime_ns if run_dir.exists() else 0
+        steps = self.rng.randint(1, 8)
+        seen = None
+        while process.poll() is None:
+            time.sleep(0.001)
+            path = run_dir / "metrics.jsonl"
+            if not path.exists() or path.stat().st_mtime_ns == before:
+                continue
+            lines = path.read_bytes().count(b"\n")
+            if seen is None:
+                seen = lines
+                self._aim(process, kind)
+            if inside and _is_writing(run_dir):
+                time.sleep(self.rng.uniform(0, 0.01))
+                return True
+            if not inside and lines >= seen + steps:
+                time.sleep(self.rng.uniform(0, 0.05))
+                return True
+        return False
+
+    def _aim(self, process: subprocess.Popen, kind: str) -> None:
+        """Choose the processes to kill: looking for them later would take the moment away."""
+        parent = psutil.Process(process.pid)
+        self.family = [parent, *parent.children(recursive=True)]
+        ranks = launching.ranks_of(process)
+        if kind == "job" or not ranks:
+            self.targets = self.family
+        elif kind == "rank":
+            self.targets = [self.rng.choice(ranks)]
+        else:
+            self.targets = [psutil.Process(ranks[0].ppid())]
+
+    def _kill(self, process: subprocess.Popen) -> None:
+        """SIGKILL; the rest of the job must then end by itself, in bounded time."""
+        for target in self.targets:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                target.send_signal(signal.SIGKILL)
+        process.wait(END_SECONDS)
+        _, alive = psutil.wait_procs(self.family, END_SECONDS)
+        assert not alive, f"{alive} still run"
+
+    def _finish(self, recipe: Path) -> None:
+        """Let a run go to its end."""
+        process = launching.start(recipe, RANKS)
+        self.ports.add(_port(process))
+        assert process.wait(300) == 0, launching.output(recipe)
+        self._check(recipe)
+
+    def _check(self, recipe: Path) -> None:
+        """A run that is done: its curve, its MLflow run, what it left."""
+        run_dir = recipe.parent / "run"
+        assert launching.losses(run_dir) == self.reference, f"{run_dir}: another loss curve"
+        assert not list((run_dir / "checkpoints").glob(".*")), "a part of a checkpoint was left"
+        check_mlflow(run_dir, self.uri)
+        left = self._outside() - set(json.loads((self.work / "outside.json").read_text()))
+        assert not left, f"left outside the run directory: {sorted(left)}"
+        assert {path.name for path in recipe.parent.iterdir()} == {
+            "run",
+            "recipe.yaml",
+            "output.txt",
+        }
+        (recipe.parent / "checked").touch()
+        print(f"{recipe.parent.name} is done and equal to the undisturbed run", flush=True)
+
+    def _outside(self) -> set[str]:
+        """Files in the home and temporary folders and in shared memory, and locks."""
+        found = {str(p) for name in ("home", "tmp") for p in (self.work / name).rglob("*")}
+        found |= {str(p) for p in Path("/dev/shm").iterdir() if _is_ours(p.name, self.ports)}
+        return found | {str(path) for path in EXTENSIONS.rglob("lock")}
+
+
+def check_mlflow(run_dir: Path, uri: str) -> None:
+    """MLflow holds what `metrics.jsonl` holds, in order, every point once.
+
+    Timings of steps that ran twice are those of the first time.
+    """
+    client = MlflowClient(tracking_uri=uri)
+    run = client.get_run(json.loads((run_dir / "mlflow.json").read_text())["run_id"])
+    assert run.info.status == "FINISHED"
+    lines = launching.metrics(run_dir)
+    for key in run.data.metrics:
+        stage, _, name = key.partition("/")
+        written = [(x["step"], x[name]) for x in lines if x["stage"] == stage and name in x]
+        points = client.get_metric_history(run.info.run_id, key)
+        history = [(point.step, point.value) for point in points]
+        if name.endswith("seconds") or name == "tokens_per_second":
+            written, history = [w[0] for w in written], [h[0] for h in history]
+        assert history == written, key
+
+
+def _is_writing(run_dir: Path) -> bool:
+    return any((run_dir / "checkpoints").glob(".tmp-[tf]*"))
+
+
+def _is_good(path: Path) -> bool:
+    try:
+        artifacts.verify(path, exact=True)
+    except ArtifactError:
+        return False
+    return True
+
+
+def _is_ours(name: str, ports: set[str]) -> bool:
+    """What torch, Python or DeepSpeed may have made, but no buffer of another job here."""
+    if name.startswith("deepspeed_"):
+        return any(f"_{port}_" in name for port in ports)
+    return name.startswith(("torch_", "psm_", "sem."))
+
+
+def _port(process: subprocess.Popen) -> str:
+    arguments = process.args
+    if "--master_port" in arguments:
+        return arguments[arguments.index("--master_port") + 1]
+    return arguments[3]
+
+
+def _resumed_from(recipe: Path) -> str:
+    lines = launching.output(recipe).splitlines()
+    return next((x.split()[-1] for x in lines if x.startswith("resuming from ")), "")
+
+
+def write_report(work: Path, path: Path, command: str) -> None:
+    """A page with what was killed and what came of it."""
+    lines = (work / "kills.jsonl").read_text().splitlines()
+    kills = [json.loads(line) for line in lines]
+    counts = Counter((kill["kind"], kill["stage"]) for kill in kills)
+    stages = sorted({kill["stage"] for kill in kills})
+    table = [f"| killed | {' | '.join(stages)} | inside a checkpoint write |"]
+    table.append("|---|" + "---:|" * (len(stages) + 1))
+    for kind in KINDS:
+        inside = sum(kill["inside_write"] for kill in kills if kill["kind"] == kind)
+        cells = [str(counts[kind, stage]) for stage in stages] + [str(inside)]
+        table.append(f"| {kind} | {' | '.join(cells)} |")
+    inside = sum(kill["inside_write"] for kill in kills)
+    runs = len(list(work.glob("run-*/checked")))
+    slowest = max(kill["seconds_to_end"] for kill in kills)
+    text = f"""# {len(kills)} kills
+
+`{command}`, two gloo ranks on the CPU, in calls that follow each other with the same `--work`.
+
+{chr(10).join(table)}
+
+The stage is that of the last line in `metrics.jsonl` when the job was gone; {inside} kills fell
+inside a checkpoint write. Checked, each by an assertion that ends the script:
+
+- every start after a kill resumed, from a checkpoint that was complete and verified before it,
+  and {runs} runs came to their end, each killed several times;
+- their losses, gradient norms and evaluations are bit for bit those of an undisturbed run;
+- MLflow has every point of `metrics.jsonl` in order, once;
+- the rest of a job ended after every kill without help, at most {slowest:.1f} s later;
+- nothing was left in the home and temporary folders, `/dev/shm` and the extensions' locks that the
+  undisturbed run had not left, and no part of a checkpoint in the run directory.
+"""
+    path.write_text(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--kills", type=int, required=True, help="in all, earlier calls included")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder; goes on with what it holds"
+    )
+    parser.add_argument("--seed", type=int, help="of kinds and moments; default: from the system")
+    parser.add_argument("--report", type=Path, help="Markdown page to write at the end")
+    options = parser.parse_args()
+    seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(4))
+    print(f"seed {seed}")
+    Killer(options.work.resolve(), seed).run(options.kills)
+    if options.report:
+        command = f"python -m tests.bench.kills --kills {options.kills} --work DIR"
+        write_report(options.work, options.report, command)
+
+
+if __name__ == "__main__":
+    main()
