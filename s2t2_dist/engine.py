@@ -1,7 +1,7 @@
 """DeepSpeed, and nothing else of the project: the only module that imports `deepspeed`.
 
 `TrainedLM` holds every weight under ZeRO with AdamW; `FrozenLM` only partitions the weights.
-Both take a model that `model.load_lm` loaded under the same DeepSpeed settings.
+Both take a model that `loading.load_lm` loaded under the same DeepSpeed settings.
 """
 
 import gc

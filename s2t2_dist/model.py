@@ -1,4 +1,4 @@
-"""Language models: load one partitioned, read rows of its embedding, fold E' and L' into it.
+"""Language models as folders: read rows of the embedding, fold E' and L' in, make random ones.
 
 Shapes: V source vocabulary, U target vocabulary, D width, R source rows that were asked for.
 A folded model is an ordinary Hugging Face folder, untied, made without DeepSpeed: nothing is ever
@@ -21,7 +21,7 @@ from transformers import (
     GenerationConfig,
     PretrainedConfig,
 )
-from transformers.integrations import HfDeepSpeedConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from s2t2_dist import artifacts
@@ -61,20 +61,6 @@ def local_folder(model: ModelConfig) -> Path:
             f"model.model_name_or_path: {name} is no folder here and the hub did not give it: "
             f"{reason}"
         ) from None
-
-
-def load_lm(folder: Path, model: ModelConfig, settings: dict) -> torch.nn.Module:
-    """Load a causal LM in the recipe's dtype, partitioned over the ranks where ZeRO-3 is on.
-
-    Args:
-        settings: DeepSpeed settings of the stage, from `engine.engine_settings`.
-    """
-    keep = HfDeepSpeedConfig(settings)  # from_pretrained looks at it while the name lives
-    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, model.dtype))
-    del keep
-    if model.gradient_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
-    return lm
 
 
 def random_lm_config(model: ModelConfig, vocabulary: dict[str, int]) -> PretrainedConfig:
@@ -139,6 +125,8 @@ class WeightFiles:
         file_of: name of a tensor -> file name.
         config: the model's config.
         head_bias: the LM head adds a bias to the logits.
+        as_stored: every weight is in a file under its own name; transformers converts those of
+            some architectures (the experts of Mixtral) or completes their names (GPT-2).
 
     Raises:
         ArtifactError: no safetensors, or a config from which no causal LM can be made.
@@ -157,6 +145,9 @@ class WeightFiles:
             ) from None
         self.config = config
         names = {id(parameter): name for name, parameter in lm.named_parameters()}
+        self.as_stored = set(names.values()) <= self.file_of.keys() and not (
+            get_model_conversion_mapping(lm, add_legacy=False)
+        )
         self.embed_name = names[id(lm.get_input_embeddings().weight)]
         self.tied = config.tie_word_embeddings
         head = lm.get_output_embeddings().weight

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["errors", "config", "comm", "artifacts"],
     ["ot", "shards", "data", "tracking", "schedule", "progress"],
-    ["model", "evaluate", "translation", "marginals", "plan_state"],
+    ["model", "loading", "evaluate", "translation", "marginals", "plan_state"],
     ["engine", "checkpoint", "export", "rundir"],
     ["stage", "translate", "inputs", "stages", "trainer"],
     ["finished", "release", "score", "verify", "card", "figure", "translation_report", "compare"],
