@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import (
@@ -30,6 +31,7 @@ from s2t2_dist.errors import ArtifactError, ConfigError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+FOLD_FILE = "1GB"  # of a folded model: what rank 0 holds while it writes
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Keys that config classes take beside their parameters: older names of rope_parameters.
 ROPE_KEYS = {"rope_theta", "rope_scaling"}
@@ -161,6 +163,19 @@ class WeightFiles:
         )
         self.vocab_size = config.vocab_size
 
+    def read(self, name: str) -> torch.Tensor:
+        """A whole weight; its pages are mapped from the file while it lives."""
+        with safe_open(self.folder / self.file_of[name], "pt") as f:
+            return f.get_tensor(name)
+
+    def on_meta(self, name: str) -> torch.Tensor:
+        """A tensor without data, of the shape and dtype that it has in the file."""
+        with safe_open(self.folder / self.file_of[name], "pt") as f:
+            view = f.get_slice(name)
+            shape = view.get_shape()
+            none = view[tuple(slice(0, 0) for _ in shape)] if shape else f.get_tensor(name)
+        return torch.empty(shape, dtype=none.dtype, device="meta")
+
     def check(self) -> None:
         """Open the header of every file.
 
@@ -211,6 +226,31 @@ def _tensor_names(path: Path) -> set[str]:
         raise ArtifactError(f"{path} is cut or damaged ({error}); copy the model again") from None
 
 
+def write_weights(
+    target: Path,
+    shapes: dict[str, torch.Tensor],
+    read: Callable[[str], torch.Tensor],
+    max_shard_size: str,
+) -> None:
+    """Write weights as safetensors of at most this size, one file in memory at a time.
+
+    Writes the index that `from_pretrained` reads where there are several files. A single weight
+    that is larger gets a file of its own.
+
+    Args:
+        shapes: by name, tensors of the weights' shape and dtype, with data or on the meta device.
+        read: gives the weight of a name.
+        max_shard_size: as "5GB".
+    """
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        tensors = {name: read(name).contiguous() for name in names}
+        save_file(tensors, target / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (target / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
 def fold(
     source: Path,
     target: Path,
@@ -219,39 +259,31 @@ def fold(
 ) -> None:
     """Copy a model folder with another vocabulary: untied, with new embedding and head rows.
 
-    `target` is an existing, empty folder. Every other weight keeps its bytes; one weight file is
-    in memory at a time.
+    `target` is an existing, empty folder. Every other weight keeps its bytes. In memory are the
+    embedding in float32 and the new rows, then one file of what is written at a time.
 
     Args:
         translate: maps a (V, D) float32 weight and "embed" or "head" to its (U, D) successor.
         special_ids: bos/eos/pad ids of the new tokenizer, as `*_token_id` keys.
     """
     weights = WeightFiles(source)
-    files: dict[str, list[str]] = {}
-    for name, file in weights.file_of.items():
-        files.setdefault(file, []).append(name)
-    weight_map, total, U = {}, 0, 0
-    for file, names in sorted(files.items()):
-        tensors = {}
-        with safe_open(source / file, "pt") as f:
-            for name in names:
-                tensor = f.get_tensor(name)
-                if name == weights.embed_name:
-                    new = translate(tensor.float(), "embed")
-                    tensors[name] = new.to(tensor.dtype, copy=True)
-                    U = len(tensors[name])
-                if name == weights.head_name:
-                    new = translate(tensor.float(), "head")
-                    tensors[weights.head_key] = new.to(tensor.dtype, copy=True)
-                if name not in (weights.embed_name, weights.head_name, weights.head_key):
-                    tensors[name] = tensor
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, target / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    if (source / INDEX).is_file():
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (target / INDEX).write_text(json.dumps(index, indent=2))
+
+    def translated(name: str, which: str) -> torch.Tensor:
+        weight_VD = weights.read(name)
+        return translate(weight_VD.float(), which).to(weight_VD.dtype, copy=True)
+
+    new = {
+        weights.embed_name: translated(weights.embed_name, "embed"),
+        weights.head_key: translated(weights.head_name, "head"),
+    }
+    replaced = {*new, weights.head_name}
+    kept = {name: weights.on_meta(name) for name in weights.file_of if name not in replaced}
+
+    def read(name: str) -> torch.Tensor:
+        return new[name] if name in new else weights.read(name)
+
+    write_weights(target, kept | new, read, FOLD_FILE)
+    U = len(new[weights.embed_name])
     config = AutoConfig.from_pretrained(source)
     config.update({"vocab_size": U, "tie_word_embeddings": False})
     save_configs(config, special_ids, target)
