@@ -12,9 +12,10 @@ LAYERS = [
     ["errors", "config", "comm", "artifacts"],
     ["ot", "shards", "data", "tracking", "schedule", "progress"],
     ["model", "loading", "evaluate", "translation", "marginals", "plan_state"],
-    ["engine", "checkpoint", "export", "rundir"],
-    ["stage", "translate", "inputs", "stages", "trainer"],
+    ["engine", "checkpoint", "export", "rundir", "dryrun"],
+    ["stage", "translate", "inputs", "stages", "trainer", "plan"],
     ["finished", "release", "score", "verify", "card", "figure", "translation_report", "compare"],
+    ["plan_report"],
     ["cli"],
     ["train"],
 ]
