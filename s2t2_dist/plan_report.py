@@ -33,13 +33,6 @@ class FilePlan:
     offloads: bool
     stages: dict[bool, list[StagePlan]]
 
-    def peak(self, checkpointing: bool) -> int:
-        return max(stage.peak for stage in self.stages[checkpointing])
-
-    @property
-    def host(self) -> int:
-        return max(stage.host for stage in self.stages[True])
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -51,21 +44,21 @@ class Plan:
     inputs: Inputs
     files: list[FilePlan]
 
-    def fits(self, file: FilePlan, checkpointing: bool) -> bool:
-        return file.peak(checkpointing) <= (1 - RESERVED) * self.gpu_bytes
+    def fits(self, *stages: StagePlan) -> bool:
+        return all(stage.peak <= (1 - RESERVED) * self.gpu_bytes for stage in stages)
 
     @property
     def take(self) -> FilePlan | None:
         """The first choice of those that fit as the recipe is: hpZ, then plain, then offload."""
         own = self.recipe.model.gradient_checkpointing
-        fitting = [file for file in self.files if self.fits(file, own)]
+        fitting = [file for file in self.files if self.fits(*file.stages[own])]
         return min(fitting, key=lambda file: (file.offloads, file.hpz == 1), default=None)
 
     def advice(self) -> str:
         """One line: what to take, or what to change."""
         if self.take:
             return f"It fits: take deepspeed={self.take.file}"
-        if any(self.fits(file, True) for file in self.files):
+        if any(self.fits(*file.stages[True]) for file in self.files):
             return "It does not fit as it is, but with model.gradient_checkpointing=true it does"
         return (
             "It does not fit: take more GPUs or larger ones, a smaller per_device_train_batch_size "
@@ -87,8 +80,7 @@ class Plan:
                 {
                     "file": str(file.file),
                     "gradient_checkpointing": on,
-                    "fits": self.fits(file, on),
-                    "stages": [stage.values() for stage in stages],
+                    "stages": [s.values() | {"fits": self.fits(s)} for s in stages],
                     "disk": run_disk(self.recipe, stages),
                 }
                 for file in self.files
@@ -201,34 +193,40 @@ def show(plan: Plan) -> Group:
 
 
 def _files_table(plan: Plan) -> Table:
+    """A line for each JSON, with and without gradient checkpointing, and stage."""
     hardware, inputs = plan.hardware, plan.inputs
     title = (
-        f"{plan.recipe.output_dir.name} on {hardware.ranks} GPUs of {plan.gpu_bytes / GIB:g} GiB, "
-        f"{hardware.nodes} node(s). By arithmetic, not measured. "
-        f"V {inputs.source_rows:,}, U {inputs.vocab_size:,}, T {inputs.context:,}"
+        f"{plan.recipe.output_dir.name}: {hardware.ranks} GPUs of {plan.gpu_bytes / GIB:g} GiB, "
+        f"{hardware.per_node} to a node\nby arithmetic, not measured; V {inputs.source_rows:,}, "
+        f"U {inputs.vocab_size:,}, T {inputs.context:,}"
     )
     table = Table(title=title)
-    for column in ("DeepSpeed JSON", "gradient checkpointing"):
-        table.add_column(column)
-    for stage in plan.recipe.stages:
-        table.add_column(f"{stage.name}\nGiB per GPU", justify="right")
-        table.add_column(f"{stage.name}\nGB sent per step", justify="right")
-    table.add_column("host\nGiB per node", justify="right")
+    table.add_column("DeepSpeed JSON", no_wrap=True)
+    table.add_column("recompute")  # activations, model.gradient_checkpointing
+    table.add_column("stage")
+    for column in ("GiB\na GPU", "GB sent\na step", "host GiB\na node"):
+        table.add_column(column, justify="right")
     table.add_column("fits")
     for file in plan.files:
         for on, stages in file.stages.items():
-            cells = [str(file.file), "on" if on else "off"]
             for stage in stages:
-                cells += [f"{stage.peak / GIB:.1f}", f"{sum(stage.traffic.values()) / 1e9:.1f}"]
-            fits = "yes" if plan.fits(file, on) else "no"
-            table.add_row(*cells, f"{file.host / GIB:.0f}", fits)
+                table.add_row(
+                    file.file.name,
+                    "yes" if on else "no",
+                    stage.stage,
+                    f"{stage.peak / GIB:.1f}",
+                    f"{sum(stage.traffic.values()) / 1e9:.1f}",
+                    f"{stage.host / GIB:.0f}",
+                    "yes" if plan.fits(stage) else "no",
+                )
     return table
 
 
 def _parts_table(file: FilePlan, stages: list[StagePlan], checkpointing: bool) -> Table:
     """What is held at the peak of each stage."""
     switch = "with" if checkpointing else "without"
-    table = Table(title=f"GiB per GPU at the peak, {file.file}, {switch} gradient checkpointing")
+    title = f"GiB per GPU at the peak\n{file.file.name}, {switch} gradient checkpointing"
+    table = Table(title=title)
     table.add_column("")
     for stage in stages:
         table.add_column(f"{stage.stage}: {stage.peak_phase}", justify="right")

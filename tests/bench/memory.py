@@ -1,7 +1,7 @@
 """Peak memory of each rank against `s2t2_dist.plan`, on CPU ranks of this machine.
 
 `python -m tests.bench.memory --help`. Every cell runs a stage's own code under DeepSpeed, gloo and
-one thread per rank: it loads the model from sharded safetensors, trains three steps and evaluates.
+one thread per rank: it loads the model from sharded safetensors, trains two steps and evaluates.
 """
 
 import json
@@ -17,10 +17,9 @@ import torch
 import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import AutoConfig, AutoModelForCausalLM, OlmoConfig
-from transformers.integrations import HfDeepSpeedConfig
 
 from s2t2_dist import engine, loading, model
-from s2t2_dist.config import ModelConfig, Recipe, Stage, Translate
+from s2t2_dist.config import Recipe, Stage
 from s2t2_dist.data import ShardReader, load_batch
 from s2t2_dist.evaluate import evaluate
 from s2t2_dist.plan import Hardware, Inputs, StagePlan, plan_stage
@@ -37,7 +36,7 @@ TOLERANCE = 0.15
 # Freed tensors go back to the kernel at once, so that a peak is of what lives together.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 VOCABULARY = 512
-STEPS = 3
+STEPS = 2  # in the second one AdamW's moments are there from the start
 # 162 million weights in files of 60 MB, made on the spot.
 LARGE = {
     "vocab_size": 32_000,
@@ -139,7 +138,7 @@ def as_launched(comm) -> None:
     engine._quiet()
 
 
-def measure_rank(comm, case: Case, prepared: tuple) -> dict[str, int]:
+def measure_rank(comm, case: Case, prepared: tuple, saved: Path) -> dict[str, int]:
     """Peak bytes of each part of the stage on this rank, above those before its model is loaded.
 
     The baseline is the process after the same stage on a miniature model: imports, the process
@@ -149,7 +148,7 @@ def measure_rank(comm, case: Case, prepared: tuple) -> dict[str, int]:
     as_launched(comm)
     recipe, folder, mini_recipe, mini_folder = prepared
     settings = engine.load_settings(recipe.deepspeed)
-    _run_stage(comm, mini_recipe, mini_folder, settings, lambda part: None)
+    _run_stage(comm, mini_recipe, mini_folder, settings, lambda part: None, saved / "mini")
     base = measure.reset_peak()
     peaks = {}
 
@@ -157,12 +156,13 @@ def measure_rank(comm, case: Case, prepared: tuple) -> dict[str, int]:
         peaks[part] = measure.status_bytes("VmHWM") - base
         measure.reset_peak()
 
-    _run_stage(comm, recipe, folder, settings, note)
-    return peaks
+    _run_stage(comm, recipe, folder, settings, note, saved / "full")
+    files = [path for path in (saved / "full").rglob("*") if path.is_file()]
+    return peaks | {"checkpoint": sum(path.stat().st_size for path in files)}
 
 
 def _run_stage(
-    comm, recipe: Recipe, folder: Path, settings: dict, note: Callable[[str], None]
+    comm, recipe: Recipe, folder: Path, settings: dict, note: Callable[[str], None], saved: Path
 ) -> None:
     (stage,) = recipe.stages
     train, validation = (ShardReader(recipe.data.path, split) for split in ("train", "validation"))
@@ -183,6 +183,9 @@ def _run_stage(
     evaluate(runner.logits, validation, stage.per_device_eval_batch_size, device, comm)
     runner.evaluation_mode(False)
     note("evaluation")
+    saved.mkdir(parents=True, exist_ok=True)
+    runner.save(saved)
+    comm.barrier()
     runner.close()
 
 
@@ -199,11 +202,15 @@ def plan_of(case: Case, recipe: Recipe) -> StagePlan:
     return plan_stage(recipe, recipe.stages[0], inputs, settings, Hardware(case.ranks, cpu=True))
 
 
-def computed(plan: StagePlan) -> dict[str, int]:
-    """The plan's peaks by the parts that are measured."""
-    own = {"loading": plan.totals["loading"], "evaluation": plan.totals["evaluation"]}
-    training = [bytes for phase, bytes in plan.totals.items() if phase not in own]
-    return {**own, "training": max(training)}
+def computed(plan: StagePlan, ranks: int) -> dict[str, int]:
+    """The plan's peaks by the parts that are measured; a CPU rank holds what is offloaded too."""
+    host = plan.host // ranks
+    training = [size for phase, size in plan.totals.items() if phase not in PARTS]
+    return {
+        "loading": plan.totals["loading"],
+        "training": max(training) + host,
+        "evaluation": plan.totals["evaluation"] + host,
+    }
 
 
 def ratios(measured: list[dict[str, int]], plan: dict[str, int]) -> dict[str, float]:
@@ -214,44 +221,14 @@ def ratios(measured: list[dict[str, int]], plan: dict[str, int]) -> dict[str, fl
 def run_case(case: Case, room: Path) -> dict:
     """Measure a case; every figure of it as JSON."""
     prepared = prepare(case, room)
-    plan = computed(plan_of(case, prepared[0]))
-    measured = run_ranks(measure_rank, case.ranks, room / "ranks", case, prepared, timeout=900)
-    return {**asdict(case), "plan": plan, "measured": measured, "ratios": ratios(measured, plan)}
-
-
-def load_rank(comm, folder: Path, miniature: Path, own: bool) -> dict[str, int]:
-    """Peak bytes above the baseline while a model is loaded, and those that stay.
-
-    Args:
-        own: by `loading.load_lm`; else by transformers' `from_pretrained` under ZeRO-3.
-    """
-    as_launched(comm)
-    lm = ModelConfig(model_name_or_path=str(folder))
-    stage = Translate(kind="translate", max_steps=1)
-    settings = engine.load_settings(Path("ds_configs/cpu.json"))
-    full = engine.engine_settings(settings, lm, stage, comm.size)
-    load = loading.load_lm if own else _from_pretrained
-    load(miniature, lm, full)
-    base = measure.reset_peak()
-    held = load(folder, lm, full)
-    peak = measure.status_bytes("VmHWM") - base
-    after = measure.reset_peak() - base
-    del held
-    return {"peak": peak, "after": after}
-
-
-def _from_pretrained(folder: Path, lm: ModelConfig, settings: dict) -> torch.nn.Module:
-    keep = HfDeepSpeedConfig(settings)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, lm.dtype))
-    del keep
-    return loaded
-
-
-def run_loading(name: str, ranks: int, own: bool, room: Path) -> dict:
-    folder, miniature = make_model(name, room / name), make_model("miniature", room / "miniature")
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    measured = run_ranks(load_rank, ranks, room / "ranks", folder, miniature, own)
-    return {"model": name, "ranks": ranks, "own": own, "bytes": size, "measured": measured}
+    staged = plan_of(case, prepared[0])
+    plan = computed(staged, case.ranks)
+    with tempfile.TemporaryDirectory(dir=room) as saved:
+        arguments = (case, prepared, Path(saved))
+        measured = run_ranks(measure_rank, case.ranks, room / "ranks", *arguments, timeout=900)
+    disk = measured[0]["checkpoint"] / staged.checkpoint
+    found = {"ratios": ratios(measured, plan), "checkpoint_ratio": disk}
+    return {**asdict(case), "plan": plan, "measured": measured, **found}
 
 
 CASES = [
@@ -273,20 +250,9 @@ def main(
     Example: `python -m tests.bench.memory --only tiny --out /tmp/bench`
     """
     os.environ.update(MALLOC)
-    report = {"machine": measure.machine(1), "loading": [], "cases": []}
+    report = {"machine": measure.machine(1), "cases": []}
     columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
-    loads = [
-        (name, ranks, own)
-        for name in ("large", "large-tied")
-        for own in (False, True)
-        for ranks in (1, 2, 4)
-        if only in name
-    ]
     with Progress(*columns) as progress, tempfile.TemporaryDirectory() as room:
-        for name, ranks, own in loads:
-            task = progress.add_task(f"loading {name} on {ranks} ranks", total=1)
-            report["loading"].append(run_loading(name, ranks, own, Path(room)))
-            progress.advance(task)
         for case in (case for case in CASES if only in case.model):
             task = progress.add_task(f"{case.stage} {case.model} on {case.ranks} ranks", total=1)
             report["cases"].append(run_case(case, Path(room)))
@@ -303,7 +269,7 @@ def main(
 
 def peak_ratio(case: dict) -> float:
     """Measured over computed peak of a whole stage, of the largest rank."""
-    measured = max(max(rank.values()) for rank in case["measured"])
+    measured = max(rank[part] for rank in case["measured"] for part in PARTS)
     return measured / max(case["plan"].values())
 
 
@@ -311,7 +277,7 @@ def markdown(report: dict) -> str:
     """The report as a page."""
     machine = report["machine"]
     lines = [
-        "# Peak memory per rank",
+        "# Peak memory per rank against `s2t2 plan`",
         "",
         "`python -m tests.bench.memory`",
         "",
@@ -323,42 +289,16 @@ def markdown(report: dict) -> str:
         "gloo are not in it; glibc gives freed tensors back at once "
         f"({', '.join(f'{key}={value}' for key, value in MALLOC.items())}).",
         "",
-        "## Loading",
-        "",
-        "A model of random bfloat16 weights in files of 60 MB. Before: `from_pretrained` under "
-        "ZeRO-3, where rank 0 reads everything. After: `s2t2_dist.loading`, where each rank reads "
-        "its own part. What is above the partition is one whole weight, the embedding in float32, "
-        "which DeepSpeed makes before it cuts it.",
-        "",
-        "| model | files MiB | ranks | before: rank 0 | before: others | after: largest rank "
-        "| stays per rank |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-        *_loading_lines(report["loading"]),
-        "",
-        "## Stages against `s2t2 plan`",
-        "",
         f"Rows of tokens as in the table, two passes to a step, {STEPS} steps, V = all rows of the "
         f"embedding, U = {VOCABULARY}. Each cell: measured MiB (measured / planned). *peak* is the "
         "largest of the three, and must be within 15%; parts of few MiB are not: a process needs "
-        "some 10 MiB for what nobody plans.",
+        "some 10 MiB for what nobody plans. *disk* is a checkpoint, measured / planned.",
         "",
-        f"| model | stage | ranks | dtype | settings | rows | {' | '.join(PARTS)} | peak |",
-        "|---|---|---:|---|---|---|---:|---:|---:|---:|",
+        f"| model | stage | ranks | dtype | settings | rows | {' | '.join(PARTS)} | peak | disk |",
+        "|---|---|---:|---|---|---|---:|---:|---:|---:|---:|",
         *(_case_line(case) for case in report["cases"]),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _loading_lines(runs: list[dict]) -> list[str]:
-    before = {(run["model"], run["ranks"]): run for run in runs if not run["own"]}
-    lines = []
-    for run in (run for run in runs if run["own"]):
-        first, *others = (r["peak"] for r in before[run["model"], run["ranks"]]["measured"])
-        cells = [_mib(first), _mib(max(others)) if others else "-"]
-        cells += [_mib(max(rank[key] for rank in run["measured"])) for key in ("peak", "after")]
-        name = f"{run['model']} | {_mib(run['bytes'])} | {run['ranks']}"
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
 
 
 def _case_line(case: dict) -> str:
@@ -369,7 +309,8 @@ def _case_line(case: dict) -> str:
     for part in PARTS:
         largest = max(rank[part] for rank in case["measured"])
         cells.append(f"{_mib(largest)} ({case['ratios'][part]:.2f})")
-    return f"| {' | '.join(map(str, cells))} | {peak_ratio(case):.2f} |"
+    cells += [f"{peak_ratio(case):.2f}", f"{case['checkpoint_ratio']:.2f}"]
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def _mib(size: int) -> str:
