@@ -31,7 +31,7 @@ def load_lm(folder: Path, model: ModelConfig, settings: dict) -> torch.nn.Module
     weights = WeightFiles(folder)
     dtype = getattr(torch, model.dtype)
     keep = HfDeepSpeedConfig(settings)  # transformers looks at it while the name lives
-    if settings["zero_optimization"].get("stage") == 3 and weights.as_stored:
+    if weights.as_stored and _partitions_in_memory(settings["zero_optimization"]):
         lm = AutoModelForCausalLM.from_config(weights.config, dtype=dtype)
         fill_partitions(lm, weights)
     else:
@@ -40,6 +40,13 @@ def load_lm(folder: Path, model: ModelConfig, settings: dict) -> torch.nn.Module
     if model.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     return lm.train()
+
+
+def _partitions_in_memory(zero: dict) -> bool:
+    """Whether ZeRO cuts the weights and keeps the parts as they are, not quantized or on NVMe."""
+    quantized = any(value for key, value in zero.items() if key.startswith("zero_quantized"))
+    on_disk = (zero.get("offload_param") or {}).get("device") == "nvme"
+    return zero.get("stage") == 3 and not quantized and not on_disk
 
 
 @torch.no_grad()
