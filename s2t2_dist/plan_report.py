@@ -232,7 +232,7 @@ def _parts_table(file: FilePlan, stages: list[StagePlan], checkpointing: bool) -
         table.add_column(f"{stage.stage}: {stage.peak_phase}", justify="right")
     peaks = [stage.phases[stage.peak_phase] for stage in stages]
     for part in dict.fromkeys(part for parts in peaks for part in parts):
-        cells = [f"{parts[part] / GIB:.2f}" if parts.get(part) else "" for parts in peaks]
+        cells = [f"{parts[part] / GIB:.3g}" if parts.get(part) else "" for parts in peaks]
         if any(cells):
             table.add_row(part, *cells)
     table.add_row("sum", *(f"{stage.peak / GIB:.2f}" for stage in stages))

@@ -1,5 +1,6 @@
 """Every file of ds_configs/ loads, is explained, and trains on CPU ranks to the same weights."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from tests.distributed import run_ranks
 FOLDER = Path(__file__).parent.parent / "ds_configs"
 FILES = sorted(FOLDER.glob("*.json"))
 HPZ = "zero_hpz_partition_size"
+COUNTED = ("all_gather_into_tensor", "reduce_scatter_tensor")
+PAYLOAD = Counter()
 
 
 def test_the_folder_holds_json_and_its_readme():
@@ -39,9 +42,26 @@ def test_no_two_files_say_the_same():
     assert len(set(texts)) == len(texts)
 
 
+def _counted(name: str):
+    """A collective that adds the bytes of its larger tensor, the whole one, to PAYLOAD."""
+    function = getattr(torch.distributed, name)
+
+    def call(*args, **kwargs):
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+        PAYLOAD[name] += max(tensor.nbytes for tensor in tensors)
+        return function(*args, **kwargs)
+
+    return call
+
+
 def _train(comm, folder: Path) -> dict[str, dict]:
-    """Under each file: a gradient through the frozen model, and losses of finetuning steps."""
+    """Under each file: a gradient through the frozen model, losses and bytes of finetuning steps.
+
+    Bytes are those of the last step, for each weight.
+    """
     as_launched(comm)
+    for name in COUNTED:
+        setattr(torch.distributed, name, _counted(name))
     lm = ModelConfig(model_name_or_path=str(folder), dtype="float32")
     results = {}
     for path in FILES:
@@ -71,9 +91,11 @@ def _trained(comm, settings: dict, lm: ModelConfig) -> dict:
     stage = Finetune(kind="finetune", init="source", max_steps=3, **batch)
     full = engine.engine_settings(settings, lm, stage, comm.size)
     model = loading.load_lm(Path(lm.model_name_or_path), lm, full)
+    weights = sum(parameter.ds_numel for parameter in model.parameters())
     trained = engine.TrainedLM(model, full, stage)
     losses = []
     for step in range(3):
+        PAYLOAD.clear()
         for micro in range(2):
             ids = torch.arange(16)[None] + comm.rank + micro
             logits = trained.logits(ids)
@@ -83,7 +105,8 @@ def _trained(comm, settings: dict, lm: ModelConfig) -> dict:
         losses.append(trained.step(1e-2 * (step + 1)))
     inner = type(trained.engine.optimizer.optimizer).__name__
     trained.close()
-    return {"losses": losses, "optimizer": inner}
+    sent = {name: PAYLOAD[name] / weights for name in COUNTED}
+    return {"losses": losses, "optimizer": inner, **sent}
 
 
 @pytest.mark.slow
@@ -108,3 +131,7 @@ def test_every_file_trains_to_the_same_weights_on_four_ranks(tmp_path):
             torch.testing.assert_close(found["embed_grad"], expected["embed_grad"])
             # float32 sums in another order, and another implementation of AdamW.
             assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+            # As planned: two passes reduce 4 bytes per weight each, and gather 4 once or twice.
+            # Weights that no size divides are padded.
+            assert found["reduce_scatter_tensor"] == pytest.approx(2 * 4, rel=0.02), name
+            assert 0.95 * 2 * 4 < found["all_gather_into_tensor"] < 1.05 * 2 * 2 * 4, name
