@@ -70,7 +70,7 @@ class StagePlan:
         host: of each node, beside the interpreters: what is offloaded.
         traffic: that a rank sends in one optimizer step, at most, by name.
         checkpoint: on disk.
-        result: on disk at the end, and the folder that the stage starts from.
+        result: on disk at the end, and the folder that the stage starts from; of P at most.
     """
 
     stage: str
@@ -115,7 +115,7 @@ def plan_stage(
     """The plan of one stage.
 
     Args:
-        settings: a DeepSpeed JSON, from `engine.load_settings`.
+        settings: a ZeRO-3 JSON, from `engine.load_settings`.
 
     Raises:
         ConfigError: the ranks cannot share the stage's batch.
@@ -150,8 +150,8 @@ class _Stage:
         return self.inputs.config
 
     def share(self, elements: int) -> int:
-        """Of a rank: what ZeRO-3 leaves of elements that it cuts."""
-        return ceil(elements / self.hardware.ranks) if self.zero.get("stage") == 3 else elements
+        """Of a rank."""
+        return ceil(elements / self.hardware.ranks)
 
     def offloads(self, what: str) -> bool:
         return (self.zero.get(f"offload_{what}") or {}).get("device", "none") != "none"
@@ -218,9 +218,8 @@ class _Trained(_Stage):
         state = {"gradients": self.accumulated * share, "AdamW moments": 2 * SINGLE * share}
         state["master weights"] = 0 if self.size == SINGLE else SINGLE * share
         offloaded, host = self.offloads("optimizer"), 0
-        if offloaded:  # beside the gradients, DeepSpeed keeps them in float32 for its AdamW
-            master = SINGLE * share
-            host = self.accumulated * share + 2 * SINGLE * share + 2 * master
+        if offloaded:  # gradients as they are summed and as its AdamW wants them, master, moments
+            host = (self.accumulated + 4 * SINGLE) * share
             state = {}
         if self.offloads("param"):
             host += self.size * share
@@ -256,7 +255,9 @@ class _Translate(_Stage):
         V, U, D = self.inputs.source_rows, self.inputs.vocab_size, self.weights.width
         separate = stage.plans == "separate"
         shared = self.config.tie_word_embeddings and stage.source_marginal == "uniform"
-        held = rank_memory(V, U, D, ranks, stage.iterations, tied=shared and not separate)
+        # The other methods keep the thresholds of one iteration, or none.
+        kept = stage.iterations if stage.method == "dykstra" else 1
+        held = rank_memory(V, U, D, ranks, kept, tied=shared and not separate)
         if separate:
             held |= {name: 2 * held[name] for name in held if name.endswith("C") or "AdamW" in name}
         static = self.partition(N)
