@@ -34,6 +34,10 @@ Inputs = Annotated[
     list[Path],
     typer.Argument(help="FASTA, .jsonl (field `text`) or .txt files, gzipped or not."),
 ]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="stages.translate.max_steps=50"),
+]
 OutDir = Annotated[Path, typer.Option("--out", help="Folder to make; never overwritten.")]
 
 
@@ -108,10 +112,7 @@ def data_verify(
 @app.command("train")
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML, see launch/recipes/.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="stages.translate.max_steps=50"),
-    ] = None,
+    overrides: Overrides = None,
     resume: Annotated[
         str, typer.Option(help="auto: from the newest good checkpoint; never; or a checkpoint.")
     ] = "auto",
@@ -148,6 +149,42 @@ def track(
     from s2t2_dist.replay import replay
 
     print(replay(run_dir, seconds))
+
+
+@app.command("plan")
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="YAML, see launch/recipes/.")],
+    gpus: Annotated[int, typer.Option(min=1, help="Of the whole job.")],
+    gpu_memory: Annotated[float, typer.Option(min=0.001, help="Of each GPU, in GiB.")],
+    overrides: Overrides = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    config: Annotated[
+        Path | None, typer.Option(help="Folder with config.json, instead of the recipe's model.")
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(min=1, help="Of the data, where it is not here yet.")
+    ] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Of the data, likewise.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs; sizes in bytes.")] = False,
+):
+    """Say what memory, traffic and disk a recipe needs, and which ds_configs/ file fits.
+
+    By arithmetic from the model's config; nothing is measured and no weights are read.
+
+    Example: `s2t2 plan launch/recipes/olmo-1b-uniref50.yaml --gpus 8 --gpu-memory 80`
+    """
+    import json
+
+    from rich import print as show_rich
+
+    from s2t2_dist.config import load_recipe
+    from s2t2_dist.plan_report import GIB, Hardware, make_plan, show
+
+    hardware = Hardware(gpus, gpus_per_node)
+    made = make_plan(
+        load_recipe(recipe, overrides), hardware, gpu_memory * GIB, config, vocab_size, context
+    )
+    print(json.dumps(made.values(), indent=1)) if as_json else show_rich(show(made))
 
 
 class Dtype(StrEnum):

@@ -1,7 +1,7 @@
 """DeepSpeed, and nothing else of the project: the only module that imports `deepspeed`.
 
 `TrainedLM` holds every weight under ZeRO with AdamW; `FrozenLM` only partitions the weights.
-Both take a model that `model.load_lm` loaded under the same DeepSpeed settings.
+Both take a model that `loading.load_lm` loaded under the same DeepSpeed settings.
 """
 
 import copy
@@ -16,6 +16,7 @@ from pathlib import Path
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups
 from transformers.utils.logging import disable_progress_bar
 
 from s2t2_dist import leftovers
@@ -239,7 +240,7 @@ class TrainedLM:
         """Give the memory back before the next stage."""
         self.engine.destroy()
         del self.engine
-        _empty_caches()
+        _clean_up()
 
 
 class FrozenLM:
@@ -272,7 +273,7 @@ class FrozenLM:
         """Give the memory back before the next stage."""
         self.engine.destroy()
         del self.engine, self.backbone
-        _empty_caches()
+        _clean_up()
 
 
 def _quiet() -> None:
@@ -283,6 +284,10 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*_all_gather_base.*|.*_reduce_scatter_base.*")
 
 
-def _empty_caches() -> None:
+def _clean_up() -> None:
+    # hpZ's group outlives its engine, and DeepSpeed refuses to make another for the next stage.
+    group = groups._get_zero_param_intra_parallel_group()
+    if group is not None:
+        deepspeed.comm.destroy_process_group(group)
     gc.collect()
     get_accelerator().empty_cache()

@@ -1,4 +1,4 @@
-"""Language models: load one partitioned, read rows of its embedding, fold E' and L' into it.
+"""Language models as folders: read rows of the embedding, fold E' and L' in, make random ones.
 
 Shapes: V source vocabulary, U target vocabulary, D width, R source rows that were asked for.
 A folded model is an ordinary Hugging Face folder, untied, made without DeepSpeed: nothing is ever
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import (
@@ -21,7 +22,7 @@ from transformers import (
     GenerationConfig,
     PretrainedConfig,
 )
-from transformers.integrations import HfDeepSpeedConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from s2t2_dist import artifacts
@@ -30,6 +31,7 @@ from s2t2_dist.errors import ArtifactError, ConfigError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+FOLD_FILE = "1GB"  # of a folded model: what rank 0 holds while it writes
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Keys that config classes take beside their parameters: older names of rope_parameters.
 ROPE_KEYS = {"rope_theta", "rope_scaling"}
@@ -61,20 +63,6 @@ def local_folder(model: ModelConfig) -> Path:
             f"model.model_name_or_path: {name} is no folder here and the hub did not give it: "
             f"{reason}"
         ) from None
-
-
-def load_lm(folder: Path, model: ModelConfig, settings: dict) -> torch.nn.Module:
-    """Load a causal LM in the recipe's dtype, partitioned over the ranks where ZeRO-3 is on.
-
-    Args:
-        settings: DeepSpeed settings of the stage, from `engine.engine_settings`.
-    """
-    keep = HfDeepSpeedConfig(settings)  # from_pretrained looks at it while the name lives
-    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, model.dtype))
-    del keep
-    if model.gradient_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
-    return lm
 
 
 def random_lm_config(model: ModelConfig, vocabulary: dict[str, int]) -> PretrainedConfig:
@@ -139,6 +127,8 @@ class WeightFiles:
         file_of: name of a tensor -> file name.
         config: the model's config.
         head_bias: the LM head adds a bias to the logits.
+        as_stored: every weight is in a file under its own name; transformers converts those of
+            some architectures (the experts of Mixtral) or completes their names (GPT-2).
 
     Raises:
         ArtifactError: no safetensors, or a config from which no causal LM can be made.
@@ -157,6 +147,9 @@ class WeightFiles:
             ) from None
         self.config = config
         names = {id(parameter): name for name, parameter in lm.named_parameters()}
+        self.as_stored = set(names.values()) <= self.file_of.keys() and not (
+            get_model_conversion_mapping(lm, add_legacy=False)
+        )
         self.embed_name = names[id(lm.get_input_embeddings().weight)]
         self.tied = config.tie_word_embeddings
         head = lm.get_output_embeddings().weight
@@ -169,6 +162,19 @@ class WeightFiles:
             if tensor is head and (name != self.embed_name)
         )
         self.vocab_size = config.vocab_size
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole weight; its pages are mapped from the file while it lives."""
+        with safe_open(self.folder / self.file_of[name], "pt") as f:
+            return f.get_tensor(name)
+
+    def on_meta(self, name: str) -> torch.Tensor:
+        """A tensor without data, of the shape and dtype that it has in the file."""
+        with safe_open(self.folder / self.file_of[name], "pt") as f:
+            view = f.get_slice(name)
+            shape = view.get_shape()
+            none = view[tuple(slice(0, 0) for _ in shape)] if shape else f.get_tensor(name)
+        return torch.empty(shape, dtype=none.dtype, device="meta")
 
     def check(self) -> None:
         """Open the header of every file.
@@ -220,6 +226,31 @@ def _tensor_names(path: Path) -> set[str]:
         raise ArtifactError(f"{path} is cut or damaged ({error}); copy the model again") from None
 
 
+def write_weights(
+    target: Path,
+    shapes: dict[str, torch.Tensor],
+    read: Callable[[str], torch.Tensor],
+    max_shard_size: str,
+) -> None:
+    """Write weights as safetensors of at most this size, one file in memory at a time.
+
+    Writes the index that `from_pretrained` reads where there are several files. A single weight
+    that is larger gets a file of its own.
+
+    Args:
+        shapes: by name, tensors of the weights' shape and dtype, with data or on the meta device.
+        read: gives the weight of a name.
+        max_shard_size: as "5GB".
+    """
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        tensors = {name: read(name).contiguous() for name in names}
+        save_file(tensors, target / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (target / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
 def fold(
     source: Path,
     target: Path,
@@ -228,39 +259,31 @@ def fold(
 ) -> None:
     """Copy a model folder with another vocabulary: untied, with new embedding and head rows.
 
-    `target` is an existing, empty folder. Every other weight keeps its bytes; one weight file is
-    in memory at a time.
+    `target` is an existing, empty folder. Every other weight keeps its bytes. In memory are the
+    embedding in float32 and the new rows, then one file of what is written at a time.
 
     Args:
         translate: maps a (V, D) float32 weight and "embed" or "head" to its (U, D) successor.
         special_ids: bos/eos/pad ids of the new tokenizer, as `*_token_id` keys.
     """
     weights = WeightFiles(source)
-    files: dict[str, list[str]] = {}
-    for name, file in weights.file_of.items():
-        files.setdefault(file, []).append(name)
-    weight_map, total, U = {}, 0, 0
-    for file, names in sorted(files.items()):
-        tensors = {}
-        with safe_open(source / file, "pt") as f:
-            for name in names:
-                tensor = f.get_tensor(name)
-                if name == weights.embed_name:
-                    new = translate(tensor.float(), "embed")
-                    tensors[name] = new.to(tensor.dtype, copy=True)
-                    U = len(tensors[name])
-                if name == weights.head_name:
-                    new = translate(tensor.float(), "head")
-                    tensors[weights.head_key] = new.to(tensor.dtype, copy=True)
-                if name not in (weights.embed_name, weights.head_name, weights.head_key):
-                    tensors[name] = tensor
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, target / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    if (source / INDEX).is_file():
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (target / INDEX).write_text(json.dumps(index, indent=2))
+
+    def translated(name: str, which: str) -> torch.Tensor:
+        weight_VD = weights.read(name)
+        return translate(weight_VD.float(), which).to(weight_VD.dtype, copy=True)
+
+    new = {
+        weights.embed_name: translated(weights.embed_name, "embed"),
+        weights.head_key: translated(weights.head_name, "head"),
+    }
+    replaced = {*new, weights.head_name}
+    kept = {name: weights.on_meta(name) for name in weights.file_of if name not in replaced}
+
+    def read(name: str) -> torch.Tensor:
+        return new[name] if name in new else weights.read(name)
+
+    write_weights(target, kept | new, read, FOLD_FILE)
+    U = len(new[weights.embed_name])
     config = AutoConfig.from_pretrained(source)
     config.update({"vocab_size": U, "tie_word_embeddings": False})
     save_configs(config, special_ids, target)

@@ -1,14 +1,10 @@
 """`s2t2 export`: a finished run as one ordinary Hugging Face folder, verified before it appears."""
 
-import json
 import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer
 
 from s2t2_dist import artifacts, export, model
@@ -110,29 +106,7 @@ def untrained_ids(recipe: Recipe, train: ShardReader) -> list[int]:
 
 
 def copy_weights(source: Path, target: Path, max_shard_size: str) -> None:
-    """Copy a folder's tensors into files of at most this size, one file in memory at a time.
-
-    Writes the index that `from_pretrained` reads where there are several files. A single tensor
-    that is larger gets a file of its own.
-    """
-    file_of = model.WeightFiles(source).file_of
-    shapes = {name: _on_meta(source / file, name) for name, file in file_of.items()}
-    split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
-    for file, names in split.filename_to_tensors.items():
-        tensors = {}
-        for name in names:
-            with safe_open(source / file_of[name], "pt") as f:
-                tensors[name] = f.get_tensor(name)
-        save_file(tensors, target / file, metadata={"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (target / model.INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
-
-
-def _on_meta(path: Path, name: str) -> torch.Tensor:
-    """A tensor without data, of the shape and dtype that it has in the file."""
-    with safe_open(path, "pt") as f:
-        view = f.get_slice(name)
-        shape = view.get_shape()
-        dtype = view[tuple(slice(0, 0) for _ in shape)].dtype if shape else f.get_tensor(name).dtype
-    return torch.empty(shape, dtype=dtype, device="meta")
+    """Copy a folder's tensors into files of at most this size, see `model.write_weights`."""
+    weights = model.WeightFiles(source)
+    shapes = {name: weights.on_meta(name) for name in weights.file_of}
+    model.write_weights(target, shapes, weights.read, max_shard_size)

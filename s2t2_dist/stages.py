@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from s2t2_dist import artifacts, engine, export, model, universal
+from s2t2_dist import artifacts, engine, export, loading, model, universal
 from s2t2_dist.comm import agree
 from s2t2_dist.config import Finetune, Pretrain, Stage, Translate
 from s2t2_dist.data import Batch
@@ -71,7 +71,7 @@ class WeightStage:
         settings = engine.engine_settings(
             context.deepspeed, context.recipe.model, stage, context.comm.size
         )
-        lm = model.load_lm(folder, context.recipe.model, settings)
+        lm = loading.load_lm(folder, context.recipe.model, settings)
         self.lm = engine.TrainedLM(lm, settings, stage)
         self.logits = self.lm.logits
 

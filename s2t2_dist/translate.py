@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from s2t2_dist import artifacts, engine, export, model
+from s2t2_dist import artifacts, engine, export, loading, model
 from s2t2_dist.comm import agree, world_comm
 from s2t2_dist.config import Translate
 from s2t2_dist.data import Batch, tokenizer_sha256
@@ -82,7 +82,7 @@ class TranslateStage:
         settings = engine.engine_settings(
             context.deepspeed, context.recipe.model, stage, context.comm.size
         )
-        lm = model.load_lm(self.folder, context.recipe.model, settings)
+        lm = loading.load_lm(self.folder, context.recipe.model, settings)
         recompute = context.recipe.model.gradient_checkpointing
         self.lm = engine.FrozenLM(lm, settings, recompute)
         self.translated = None

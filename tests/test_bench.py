@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from s2t2_dist.ot import sparse_sinkhorn
+from s2t2_dist.ot.sizes import rank_memory, rank_traffic, sent
 from tests import oracles
 from tests.bench import baselines, measure, scaling, transport
-from tests.bench.arithmetic import rank_memory, rank_traffic, sent
 from tests.bench.case import METHODS, Case, problem, run
 from tests.distributed import run_ranks
 from tests.problems import make_cost, make_marginals

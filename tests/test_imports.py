@@ -11,9 +11,9 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["errors", "overrides", "config", "comm", "artifacts"],
     ["ot", "shards", "data", "tracking", "schedule", "progress", "stopping", "leftovers"],
-    ["model", "evaluate", "translation", "marginals", "plan_state"],
-    ["engine", "checkpoint", "universal", "export", "rundir"],
-    ["stage", "translate", "inputs", "stages", "soundness", "trainer"],
+    ["model", "loading", "evaluate", "translation", "marginals", "plan_state"],
+    ["engine", "checkpoint", "universal", "export", "rundir", "dryrun"],
+    ["stage", "translate", "inputs", "stages", "soundness", "trainer", "plan"],
     [
         "finished",
         "replay",
@@ -24,6 +24,7 @@ LAYERS = [
         "figure",
         "translation_report",
         "compare",
+        "plan_report",
     ],
     ["cli"],
     ["train"],

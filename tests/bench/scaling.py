@@ -1,4 +1,4 @@
-"""Strong scaling of one translate step, and a check of the formulas in `arithmetic`.
+"""Strong scaling of one translate step, and a check of the formulas in `s2t2_dist.ot.sizes`.
 
 `python -m tests.bench.scaling --help`. A step is `Translator.translate`, `backward` with given
 gradients of E' and L', clipping and AdamW. Ranks are gloo processes of this machine, one thread
@@ -19,8 +19,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from s2t2_dist.comm import GroupComm
 from s2t2_dist.ot import Translator, row_range
+from s2t2_dist.ot.sizes import rank_memory, rank_traffic, sent
 from tests.bench import measure
-from tests.bench.arithmetic import rank_memory, rank_traffic, sent
 from tests.distributed import run_ranks
 
 RESULTS = Path("tests/bench/results")

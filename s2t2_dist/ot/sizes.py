@@ -1,7 +1,7 @@
 """What a translate step needs on each of W ranks: bytes held and bytes sent, by arithmetic.
 
-V source rows in all, U target tokens, D model width. `scaling` measures a slice against these
-formulas. They hold the translator and its optimizer; the language model comes on top.
+V source rows in all, U target tokens, D model width. `tests.bench.scaling` measures a slice against
+these formulas. They hold the translator and its optimizer; the language model comes on top.
 """
 
 from math import ceil
