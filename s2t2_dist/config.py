@@ -217,6 +217,12 @@ class Recipe(_Strict):
     stages: Annotated[list[AnyStage], Field(min_length=1)]
     tracking: TrackingConfig = TrackingConfig()
     save_total_limit: Positive = Field(2, description="newest checkpoints kept")
+    collective_timeout: Positive = Field(
+        1800, description="seconds that ranks wait for the slowest (rank 0 may fold a large model)"
+    )
+    heartbeat_timeout: Positive = Field(
+        20, description="seconds without a sign of life after which a rank counts as lost"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":

@@ -17,7 +17,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers.utils.logging import disable_progress_bar
 
-from s2t2_dist.comm import TIMEOUT
+from s2t2_dist import comm
 from s2t2_dist.config import ModelConfig, Stage
 from s2t2_dist.errors import ConfigError
 
@@ -47,8 +47,11 @@ KNOWN_KEYS = (
 )
 
 
-def init_distributed() -> torch.device:
-    """Join the job that the launcher describes, or a job of one, and return this rank's device."""
+def init_distributed(timeout: float) -> torch.device:
+    """Join the job that the launcher describes, or a job of one, and return this rank's device.
+
+    Args, Raises: see `comm.join`.
+    """
     _quiet()
     if "RANK" not in os.environ:
         with socket.socket() as s:
@@ -57,14 +60,12 @@ def init_distributed() -> torch.device:
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}
         os.environ.update({key: str(value) for key, value in alone.items()})
         os.environ["MASTER_ADDR"] = "127.0.0.1"
-    accelerator = get_accelerator()
+    accelerator, backend = get_accelerator(), "gloo"
     if accelerator.device_name() != "cpu":
+        backend = accelerator.communication_backend_name()
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(
-        accelerator.communication_backend_name() if accelerator.device_name() != "cpu" else "gloo",
-        timeout=TIMEOUT,
-        verbose=False,
-    )
+    comm.join(backend, timeout)
+    deepspeed.init_distributed(backend, verbose=False)
     return torch.device(accelerator.current_device_name())
 
 

@@ -27,6 +27,13 @@ STATUS = "status.json"
 CONFIG = "config.yaml"
 INPUTS = "inputs.json"
 LOCK = ".lock"
+NOT_DECISIVE = (
+    "output_dir",
+    "tracking",
+    "save_total_limit",
+    "collective_timeout",
+    "heartbeat_timeout",
+)
 
 _log = logging.getLogger(__name__)
 
@@ -93,6 +100,16 @@ def write_status(run_dir: Path, state: str, **more: object) -> None:
     artifacts.write_json(run_dir / STATUS, {"state": state, **more, **where})
 
 
+def record_loss(run_dir: Path, reason: str) -> None:
+    """Replace the status that this process wrote, if it is still its own: a rank was lost."""
+    path = run_dir / STATUS
+    if path.exists():
+        found = artifacts.read_json(path)
+        mine = (found["host"], found["pid"]) == (socket.gethostname(), os.getpid())
+        if mine and found["state"] in ("running", "failed"):
+            write_status(run_dir, "failed", reason=reason)
+
+
 def _check(run_dir: Path, recipe: Recipe, inputs: dict, resume: str) -> None:
     config = run_dir / CONFIG
     if not config.exists():
@@ -125,7 +142,7 @@ def _check(run_dir: Path, recipe: Recipe, inputs: dict, resume: str) -> None:
 def _decisive(values: dict) -> dict:
     """A resolved recipe without the keys that cannot change a result, which a resume may set."""
     values = deepcopy(values)
-    for key in ("output_dir", "tracking", "save_total_limit"):
+    for key in NOT_DECISIVE:
         values.pop(key, None)
     for stage in values["stages"]:
         stage.pop("save_steps", None)

@@ -11,13 +11,14 @@ import random
 import signal
 import time
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from s2t2_dist import checkpoint, comm, engine, model, rundir, stages
+from s2t2_dist import checkpoint, comm, engine, heartbeat, model, rundir, stages
 from s2t2_dist.comm import agree
 from s2t2_dist.config import Recipe, Stage, Translate, recipe_values
 from s2t2_dist.data import (
@@ -71,10 +72,12 @@ def run(recipe: Recipe, resume: str = "auto") -> int:
     Raises:
         S2T2Error: a user's mistake, found before anything is written, or a full disk.
     """
-    device = engine.init_distributed()
+    device = engine.init_distributed(recipe.collective_timeout)
     world = comm.world_comm()
+    record = partial(rundir.record_loss, recipe.output_dir.resolve())
     try:
-        code = _run_job(recipe, resume, world, device)
+        with heartbeat.watched(world, recipe.heartbeat_timeout, record):
+            code = _run_job(recipe, resume, world, device)
     except S2T2Error as error:
         if error.everywhere:  # else the other ranks may still be waiting in a collective
             comm.destroy()

@@ -1,6 +1,7 @@
 """Agreement between ranks: one rank's failure is every rank's error, and nobody waits."""
 
 import errno
+import socket
 
 import pytest
 from safetensors import SafetensorError
@@ -31,7 +32,7 @@ def test_where_one_rank_fails_all_raise_the_same(tmp_path):
     assert zero == one
     nobody, second, both = zero
     assert nobody == ("result", 7, None)
-    assert second == (ConfigError, "rank 1: no data", True)
+    assert second == (ConfigError, f"rank 1 on {socket.gethostname()}: no data", True)
     assert both == (ConfigError, "no data", True)
 
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 # A module may import from the lines above its own, and from its own line.
 LAYERS = [
     ["errors", "config", "comm", "artifacts"],
-    ["ot", "shards", "data", "tracking", "schedule", "progress"],
+    ["ot", "shards", "data", "tracking", "schedule", "progress", "heartbeat"],
     ["model", "evaluate", "translation", "marginals", "plan_state"],
     ["engine", "checkpoint", "export", "rundir"],
     ["stage", "translate", "inputs", "stages", "trainer"],

@@ -1,0 +1,88 @@
+"""Signs of life between real processes: one is killed, frozen, fails or ends before the others."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from s2t2_dist import heartbeat
+from s2t2_dist.heartbeat import EXIT_LOST
+
+ROOT = Path(__file__).parent.parent
+HOST = socket.gethostname()
+AGAIN = "; start the job again to go on from its last checkpoint"
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory) -> Path:
+    """The folder that `heartbeat_ranks` leaves."""
+    room = tmp_path_factory.mktemp("heartbeat")
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.heartbeat_ranks", room],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=120,
+    )
+    assert ran.returncode == 0
+    return room
+
+
+def errors(jobs: Path, job: str, rank: int) -> list[str]:
+    printed = (jobs / job / f"{rank}.txt").read_text()
+    return [line for line in printed.splitlines() if line.startswith("error: ")]
+
+
+def codes(jobs: Path, job: str) -> list[int | None]:
+    return json.loads((jobs / "codes.json").read_text())[job]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("job", "code", "line"),
+    [
+        ("killed", -9, "was lost: its process ended"),
+        ("frozen", None, "was lost: no sign of life for 2 s"),
+        ("failed", 1, "failed: ZeroDivisionError: x"),
+        ("stopped", 1, "stopped: no room"),
+    ],
+)
+def test_every_rank_ends_and_rank_0_says_why(job, code, line, jobs):
+    assert codes(jobs, job) == [EXIT_LOST, EXIT_LOST, code]
+    found = (jobs / job / "line").read_text()
+    assert found == f"rank 2 on {HOST} {line}"
+    assert errors(jobs, job, 0) == [f"error: {found}{AGAIN}"]
+    assert not errors(jobs, job, 1)
+
+
+@pytest.mark.slow
+def test_where_rank_0_dies_each_host_says_so_once(jobs):
+    assert codes(jobs, "rank 0 killed") == [-9, EXIT_LOST, EXIT_LOST]
+    expected = f"error: rank 0 on {HOST} was lost: its process ended{AGAIN}"
+    assert errors(jobs, "rank 0 killed", 1) == [expected]
+    assert not errors(jobs, "rank 0 killed", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["rank 0 stays", "rank 2 stays"])
+def test_a_rank_that_ends_before_another_is_not_missed(job, jobs):
+    assert codes(jobs, job) == [0, 0, 0]
+    for rank in range(3):
+        assert (jobs / job / f"{rank}.txt").read_text() == "ended well\n"
+
+
+def test_a_stranger_on_the_port_is_turned_away():
+    listener = heartbeat._listen(4)
+    address = ("127.0.0.1", listener.getsockname()[1])
+    callers = [socket.create_connection(address) for _ in range(3)]
+    callers[0].sendall(b"GET / HTTP/1.1\r\n\r\n")
+    callers[1].close()
+    callers[2].sendall(b"secret 7\n")
+    (peer,) = heartbeat._accept(listener, "secret", 1)
+    assert peer.rank == 7
+    assert callers[0].recv(1) == b""
+    for end in (peer.connection, *callers):
+        end.close()
