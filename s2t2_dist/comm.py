@@ -10,6 +10,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -117,8 +118,24 @@ def join(backend: str, timeout: float) -> None:
             f"rank {rank} on {socket.gethostname()} found no other ranks at {where} ({reason}); "
             "see what the other nodes printed, and whether an earlier run still holds the port"
         ) from None
+    _choose_interface()
     wait = timedelta(seconds=timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
+
+
+def _choose_interface() -> None:
+    """Have gloo use the interface that leads to rank 0, unless the user chose one.
+
+    By itself it takes the address of this host's name, which many systems set to 127.0.1.1.
+    """
+    master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    family, kind, _, _, address = socket.getaddrinfo(*master, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # sends nothing
+        mine = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if name != "lo" and mine in [known.address for known in addresses]:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def world_comm(timeout: float | None = None) -> LocalComm:
