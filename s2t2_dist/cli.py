@@ -259,17 +259,10 @@ def run(arguments: list[str]) -> int:
         problem = artifacts.disk_error(error, f"running s2t2 {' '.join(arguments[:2])}")
         if problem is None:
             raise
-    line = _one_line(problem)
-    if line:
-        print(line, file=sys.stderr)
+    if not problem.everywhere or os.environ.get("RANK", "0") == "0":  # rank 0 speaks for all
+        for line in problem.lines:
+            print(f"error: {line}", file=sys.stderr)
     return USER_ERROR
-
-
-def _one_line(error: S2T2Error) -> str:
-    """What to print; nothing on the other ranks where rank 0 prints it."""
-    if error.everywhere and os.environ.get("RANK", "0") != "0":
-        return ""
-    return f"error: {' '.join(str(error).split())}"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from s2t2_dist import checkpoint, comm, engine, heartbeat, model, rundir, stages
+from s2t2_dist import checkpoint, comm, engine, heartbeat, model, preflight, rundir, stages
 from s2t2_dist.comm import agree
 from s2t2_dist.config import Recipe, Stage, Translate, recipe_values
 from s2t2_dist.data import (
@@ -87,9 +87,12 @@ def run(recipe: Recipe, resume: str = "auto") -> int:
 
 
 def _run_job(recipe: Recipe, resume: str, world: comm.LocalComm, device: torch.device) -> int:
+    preflight.check_agreement(recipe, world)
     context = agree(world, lambda: _open_inputs(recipe, world, device), "opening the inputs")
+    preflight.check_room(context)
     with contextlib.ExitStack() as held:
         state = agree(world, lambda: _claim(context, resume, held), "making the run directory")
+        preflight.check_shared(context.run_dir, world)
         if world.broadcast_object(state) != "done":
             return Trainer(context, resume).run()
         if world.rank == 0:

@@ -13,7 +13,7 @@ LAYERS = [
     ["ot", "shards", "data", "tracking", "schedule", "progress", "heartbeat"],
     ["model", "evaluate", "translation", "marginals", "plan_state"],
     ["engine", "checkpoint", "export", "rundir"],
-    ["stage", "translate", "inputs", "stages", "trainer"],
+    ["stage", "translate", "inputs", "preflight", "stages", "trainer"],
     ["finished", "release", "score", "verify", "card", "figure", "translation_report", "compare"],
     ["cli"],
     ["train"],
