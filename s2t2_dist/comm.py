@@ -6,7 +6,7 @@ path for one rank and for many.
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import TypeVar
 
@@ -67,9 +67,7 @@ class GroupComm(LocalComm):
     """
 
     def __init__(self, timeout: float | None = None):
-        self.group = dist.group.WORLD
-        if timeout is not None:
-            self.group = dist.new_group(timeout=timedelta(seconds=timeout))
+        self.group = dist.group.WORLD if timeout is None else new_group(timeout)
         self.rank = dist.get_rank(self.group)
         self.size = dist.get_world_size(self.group)
         self.hosts = self.gather_objects(socket.gethostname())
@@ -141,6 +139,17 @@ def _choose_interface() -> None:
 def world_comm(timeout: float | None = None) -> LocalComm:
     """The `Comm` over every rank of the job; a `LocalComm` where no group was initialised."""
     return GroupComm(timeout) if dist.is_initialized() else LocalComm()
+
+
+def new_group(timeout: float, ranks: Iterable[int] | None = None) -> dist.ProcessGroup:
+    """A group of these ranks, default all, whose collectives wait `timeout` seconds."""
+    ranks = None if ranks is None else list(ranks)
+    return dist.new_group(ranks, timeout=timedelta(seconds=timeout))
+
+
+def timed_out(error: Exception) -> bool:
+    """Whether a collective gave up waiting for other ranks (gloo says so in its message only)."""
+    return isinstance(error, RuntimeError) and "timed out waiting" in str(error).lower()
 
 
 def agree(comm: LocalComm, step: Callable[[], T], doing: str) -> T:

@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import warnings
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -66,6 +67,8 @@ def init_distributed(timeout: float) -> torch.device:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     comm.join(backend, timeout)
     deepspeed.init_distributed(backend, verbose=False)
+    # The groups that DeepSpeed makes would have torch's timeout.
+    deepspeed.comm.comm.cdb.new_group = partial(comm.new_group, timeout)
     return torch.device(accelerator.current_device_name())
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
-from s2t2_dist.comm import LocalComm, agree
+from s2t2_dist.comm import LocalComm, agree, timed_out
 from s2t2_dist.errors import S2T2Error
 
 EXIT_LOST = 4
@@ -55,6 +55,9 @@ def watched(comm: LocalComm, timeout: float, on_lost: Callable[[str], None]) -> 
         heart.close()
         raise
     except Exception as error:
+        if timed_out(error):
+            heart.waited.add(comm.rank)
+            time.sleep(2 * GRACE_SECONDS)  # rank 0 ends all when it knows for whom they waited
         time.sleep(GRACE_SECONDS)  # another rank's death ends this process here
         heart.tell_failure(f"failed: {type(error).__name__}: {error}")
         raise
@@ -98,6 +101,8 @@ class _Heart:
         self.peers = _connect(comm)
         self.closing = threading.Event()
         self.failure: str | None = None
+        self.waited: set[int] = set()  # ranks that gave up waiting in a collective
+        self.judging = 0.0
         self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self.thread.start()
 
@@ -118,11 +123,12 @@ class _Heart:
             while not self.closing.is_set():
                 begun = time.monotonic()
                 for peer in self.peers:
-                    peer.send({})
+                    peer.send({"waited": self.comm.rank in self.waited})
                 while time.monotonic() < begun + BEAT_SECONDS and not self.closing.is_set():
                     for key, _ in selector.select(BEAT_SECONDS / 10):
                         self._hear(key.data, selector)
                 self._find_silent(begun)
+                self._find_missing()
         for peer in self.peers:
             peer.send({"lost": self.failure} if self.failure else {"bye": True})
             peer.connection.close()
@@ -134,6 +140,8 @@ class _Heart:
         for message in messages:
             if "lost" in message:
                 self._end(message["lost"], told=self.comm.rank != 0)
+            elif message.get("waited"):
+                self.waited.add(peer.rank)
             elif "bye" in message:
                 selector.unregister(peer.connection)
                 self.peers.remove(peer)
@@ -147,6 +155,17 @@ class _Heart:
             if silence > self.timeout:
                 name = self.comm.name(peer.rank)
                 self._end(f"{name} was lost: no sign of life for {silence:.0f} s")
+
+    def _find_missing(self) -> None:
+        """On rank 0: after a collective's timeout, who did not come to it although it lives."""
+        if self.comm.rank != 0 or not self.waited:
+            return
+        self.judging = self.judging or time.monotonic() + GRACE_SECONDS
+        if time.monotonic() < self.judging:
+            return
+        missing = sorted(set(range(self.comm.size)) - self.waited)
+        names = ", ".join(map(self.comm.name, missing)) or "every rank"
+        self._end(f"{names} did not come to a collective within collective_timeout")
 
     def _end(self, line: str, told: bool = False) -> NoReturn:
         """End this process; rank 0 has the others end first, and says why for all of them.

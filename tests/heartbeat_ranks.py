@@ -43,15 +43,35 @@ def stay() -> None:
     time.sleep(2 * TIMEOUT)
 
 
-# Which rank does what, and whether the others wait for it or have ended before.
+def hang() -> None:
+    """Alive, but in no collective."""
+    time.sleep(40)
+
+
+def sleep(_) -> None:
+    """As in a collective whose timeout is long."""
+    time.sleep(40)
+
+
+def meet(comm) -> None:
+    comm.barrier()
+
+
+def end(_) -> None:
+    pass
+
+
+# Which rank does what, and what the others do meanwhile.
 JOBS = {
-    "killed": (2, kill, True),
-    "frozen": (2, freeze, True),
-    "failed": (2, fail, True),
-    "stopped": (2, stop, True),
-    "rank 0 killed": (0, kill, True),
-    "rank 0 stays": (0, stay, False),
-    "rank 2 stays": (2, stay, False),
+    "killed": (2, kill, sleep),
+    "frozen": (2, freeze, sleep),
+    "failed": (2, fail, sleep),
+    "stopped": (2, stop, sleep),
+    "hung": (2, hang, meet),
+    "rank 0 hung": (0, hang, meet),
+    "rank 0 killed": (0, kill, sleep),
+    "rank 0 stays": (0, stay, end),
+    "rank 2 stays": (2, stay, end),
 }
 
 
@@ -60,17 +80,18 @@ def be_rank(rank: int, job: str) -> None:
     output = os.open(f"{job}/{rank}.txt", os.O_CREAT | os.O_WRONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    doer, act, wait = JOBS[job]
-    meet = f"file://{Path(job, 'meet').resolve()}"
-    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=RANKS)
+    doer, act, others = JOBS[job]
+    place = f"file://{Path(job, 'meet').resolve()}"
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=RANKS)
+    group = world_comm(timeout=TIMEOUT)
     code = 0
     try:
         with heartbeat.watched(world_comm(), TIMEOUT, Path(job, "line").write_text):
             time.sleep(1)
             if rank == doer:
                 act()
-            elif wait:
-                time.sleep(40)
+            else:
+                others(group)
         os.write(1, b"ended well\n")
     except Exception:
         traceback.print_exc()

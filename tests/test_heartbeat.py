@@ -59,6 +59,16 @@ def test_every_rank_ends_and_rank_0_says_why(job, code, line, jobs):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("job", "missing"), [("hung", 2), ("rank 0 hung", 0)])
+def test_who_does_not_come_to_a_collective_is_named(job, missing, jobs):
+    """The others give up after the collective's timeout; the one that hangs has a beating heart."""
+    assert codes(jobs, job) == [EXIT_LOST] * 3
+    line = f"rank {missing} on {HOST} did not come to a collective within collective_timeout"
+    assert (jobs / job / "line").read_text() == line
+    assert errors(jobs, job, 0) == [f"error: {line}{AGAIN}"]
+
+
+@pytest.mark.slow
 def test_where_rank_0_dies_each_host_says_so_once(jobs):
     assert codes(jobs, "rank 0 killed") == [-9, EXIT_LOST, EXIT_LOST]
     expected = f"error: rank 0 on {HOST} was lost: its process ended{AGAIN}"
