@@ -121,10 +121,11 @@ def train(
 
     Alone: `s2t2 train launch/recipes/quickstart.yaml output_dir=runs/mine`
 
-    On many devices: `deepspeed --module s2t2_dist.train launch/recipes/quickstart.yaml`
+    On many devices: `launch/run_node.sh --gpus 8 launch/recipes/quickstart.yaml`, or
+    `deepspeed --module s2t2_dist.train launch/recipes/quickstart.yaml`
 
     Exit codes: 0 done, 2 a mistake in the recipe or data, 3 stopped by a signal with a checkpoint
-    written.
+    written, 4 ended because another rank was lost.
     """
     from s2t2_dist import trainer
     from s2t2_dist.config import load_recipe

@@ -51,12 +51,16 @@ class Job:
     def wait_for(self, stage: str, step: int) -> None:
         runs.wait_for_line(self.run_dir, stage, step, self.process)
 
-    def end(self, seconds: float) -> int:
-        """Its exit code; fails where it takes longer."""
+    def end(self, after: str = "", seconds: float = 60) -> int:
+        """Its exit code, and on stdout how long it took; fails where it takes longer."""
+        begin = time.monotonic()
         try:
-            return self.process.wait(seconds)
+            code = self.process.wait(seconds)
         finally:
             self.process.kill()
+        if after:
+            print(f"{after}: run_node.sh ended with {code} after {time.monotonic() - begin:.0f} s")
+        return code
 
     @property
     def output(self) -> str:
@@ -95,7 +99,7 @@ def test_a_run_on_two_hosts_survives_what_happens_to_it(hosts, workspace, uninte
     assert not one.ranks() and not two.ranks(), "a rank outlived its job"
 
     job = Job(hosts, workspace, "disturbed")
-    assert job.end(240) == 0, job.output
+    assert job.end(seconds=240) == 0, job.output
     assert runs.status(job.run_dir)["state"] == "done"
     assert runs.losses(job.run_dir) == runs.losses(uninterrupted)
 
@@ -105,7 +109,7 @@ def _stop_is_code_3(hosts: Cluster, workspace: Path) -> None:
     job = Job(hosts, workspace, "disturbed")
     job.wait_for("translate", 3)
     job.process.send_signal(signal.SIGTERM)
-    assert job.end(60) == 3, job.output
+    assert job.end("SIGTERM to run_node.sh") == 3, job.output
     assert runs.status(job.run_dir)["state"] == "preempted"
 
 
@@ -114,7 +118,7 @@ def _killed_worker_is_named(hosts: Cluster, workspace: Path, host: Host) -> None
     job.wait_for("translate", 12)
     (rank,) = host.ranks()
     rank.kill()
-    assert job.end(60) == 1, job.output
+    assert job.end("SIGKILL of a rank") == 1, job.output
     _check_named(job, "rank 1 on node2 was lost: its process ended")
 
 
@@ -124,7 +128,7 @@ def _cut_link_is_named(hosts: Cluster, workspace: Path, host: Host) -> None:
     host.cut()
     begin = time.monotonic()
     try:
-        assert job.end(60) == 1, job.output
+        assert job.end("link cut") == 1, job.output
         _check_named(job, "rank 1 on node2 was lost: no sign of life for 20 s")
         while host.ranks() and time.monotonic() < begin + 60:
             time.sleep(0.5)  # the host that is cut off ends its own

@@ -6,6 +6,7 @@ import socket
 import pytest
 from safetensors import SafetensorError
 
+from s2t2_dist import comm
 from s2t2_dist.comm import LocalComm, agree
 from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error
 from tests.distributed import run_ranks
@@ -54,3 +55,18 @@ def test_what_the_disk_does_is_one_of_our_errors(error, kind, text):
 def test_a_bug_stays_a_bug():
     with pytest.raises(ZeroDivisionError):
         agree(LocalComm(), lambda: 1 / 0, "dividing")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_do_not_come_are_one_clear_line(rank, monkeypatch):
+    """Neither rank 0 nor another one waits for ever for a node whose launch failed."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    monkeypatch.setattr(comm, "START_TIMEOUT", 1)
+    job = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for key, value in job.items():
+        monkeypatch.setenv(key, str(value))
+    named = f"rank {rank} on {socket.gethostname()} found no other ranks at 127.0.0.1:{port} "
+    with pytest.raises(S2T2Error, match=named):
+        comm.join("gloo", 1)
