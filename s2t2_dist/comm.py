@@ -147,7 +147,7 @@ def new_group(timeout: float, ranks: Iterable[int] | None = None) -> dist.Proces
     return dist.new_group(ranks, timeout=timedelta(seconds=timeout))
 
 
-def timed_out(error: Exception) -> bool:
+def timed_out(error: BaseException) -> bool:
     """Whether a collective gave up waiting for other ranks (gloo says so in its message only)."""
     return isinstance(error, RuntimeError) and "timed out waiting" in str(error).lower()
 

@@ -30,7 +30,9 @@ GRACE_SECONDS = 3.0  # for the cause of an error to be known before the error is
 
 
 @contextmanager
-def watched(comm: LocalComm, timeout: float, on_lost: Callable[[str], None]) -> Iterator[None]:
+def watched(
+    comm: LocalComm, timeout: float, on_lost: Callable[[str], None]
+) -> Iterator[Callable[[BaseException], None]]:
     """Watch the other ranks while the block runs. A collective; nothing to watch with one rank.
 
     An error that leaves the block on this rank alone is told to the others, who end as well: they
@@ -40,26 +42,26 @@ def watched(comm: LocalComm, timeout: float, on_lost: Callable[[str], None]) -> 
         timeout: seconds without a sign of life after which a rank counts as lost.
         on_lost: called on rank 0 with the line that says who was lost, before the process ends.
 
+    Yields:
+        a function to call with an error before it is reported: where the loss of another rank is
+        its cause, that is known within seconds, and the process ends in the call.
+
     Raises:
         S2T2Error: on every rank, where one cannot connect to rank 0.
     """
     if comm.size == 1:
-        yield
+        yield lambda _: None
         return
     heart = _Heart(comm, timeout, on_lost)
     try:
-        yield
-    except S2T2Error as error:
-        if not error.everywhere:
-            heart.tell_failure(f"stopped: {error}")
-        heart.close()
-        raise
+        yield heart.await_cause
     except Exception as error:
-        if timed_out(error):
-            heart.waited.add(comm.rank)
-            time.sleep(2 * GRACE_SECONDS)  # rank 0 ends all when it knows for whom they waited
-        time.sleep(GRACE_SECONDS)  # another rank's death ends this process here
-        heart.tell_failure(f"failed: {type(error).__name__}: {error}")
+        heart.await_cause(error)
+        if isinstance(error, S2T2Error):
+            what = None if error.everywhere else f"stopped: {error}"
+        else:
+            what = f"failed: {type(error).__name__}: {error}"
+        heart.close(what)
         raise
     heart.close()
 
@@ -101,20 +103,28 @@ class _Heart:
         self.peers = _connect(comm)
         self.closing = threading.Event()
         self.failure: str | None = None
+        self.awaited: BaseException | None = None
         self.waited: set[int] = set()  # ranks that gave up waiting in a collective
         self.judging = 0.0
         self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self.thread.start()
 
-    def close(self) -> None:
-        """Say goodbye; from now on nobody misses this rank."""
+    def await_cause(self, error: BaseException) -> None:
+        """Return after a moment in which the loss of another rank would have ended this process."""
+        if error is self.awaited or (isinstance(error, S2T2Error) and error.everywhere):
+            return
+        self.awaited = error
+        if timed_out(error):
+            self.waited.add(self.comm.rank)
+            time.sleep(2 * GRACE_SECONDS)  # rank 0 finds out for whom they waited
+        time.sleep(GRACE_SECONDS)
+
+    def close(self, failure: str | None = None) -> None:
+        """Say goodbye: nobody misses this rank from now on, or every rank ends for its failure."""
+        if failure:
+            self.failure = f"{self.comm.name(self.comm.rank)} {' '.join(failure.split())[:500]}"
         self.closing.set()
         self.thread.join()
-
-    def tell_failure(self, what: str) -> None:
-        """Tell the other ranks why this one ends; what happens to it is its caller's."""
-        self.failure = f"{self.comm.name(self.comm.rank)} {' '.join(what.split())[:500]}"
-        self.close()
 
     def _run(self) -> None:
         with selectors.DefaultSelector() as selector:

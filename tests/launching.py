@@ -57,7 +57,7 @@ def quickstart_workspace(folder: Path) -> Path:
 
 def short_quickstart(name: str) -> list[str]:
     """The shipped recipe in runs/NAME, in fewer steps with more checkpoints."""
-    short = ("max_steps=24", "save_steps=5", "eval_steps=24")
+    short = ("max_steps=16", "save_steps=5", "eval_steps=16")
     overrides = [f"stages.{stage}.{key}" for stage in ("translate", "finetune") for key in short]
     where = [f"output_dir=runs/{name}", "tracking.enabled=false"]
     return ["launch/recipes/quickstart.yaml", *where, *overrides]
