@@ -148,11 +148,11 @@ stop() {
     kill -TERM "${STARTED[@]}" 2>/dev/null || true
   else
     now=$(status_of "$RUN_DIR") host=$(field host "$now") pid=$(field pid "$now")
-    if [[ $now == "$BEFORE" || $(field state "$now") != running ]]; then
+    if [[ $now == "$BEFORE" ]]; then # nothing to save yet
       kill -TERM "${STARTED[@]}" 2>/dev/null || true
-    elif [[ $host == "$(hostname)" ]]; then
-      kill -TERM "$pid"
-    else
+    elif [[ $(field state "$now") == running && $host == "$(hostname)" ]]; then
+      kill -TERM "$pid" || true
+    elif [[ $(field state "$now") == running ]]; then
       over_ssh "$(hosts | head -n 1)" "kill -TERM $pid" || true
     fi
   fi

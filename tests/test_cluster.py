@@ -1,5 +1,6 @@
 """The quickstart's recipe on two hosts: launched both ways, stopped, killed, cut off, resumed."""
 
+import contextlib
 import signal
 import subprocess
 import time
@@ -8,7 +9,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+from s2t2_dist import engine, preflight
+from s2t2_dist.comm import LocalComm
+from s2t2_dist.config import load_recipe
+from s2t2_dist.data import ShardReader
+from s2t2_dist.stage import Context
 from tests import launching as runs
 from tests.cluster import Cluster, Host, cluster, missing
 
@@ -71,9 +78,11 @@ class Job:
 def uninterrupted(hosts, workspace) -> Path:
     """The run that nothing disturbed: one command per node, no ssh."""
     first = hosts.hosts[0].address
+    rare = [f"stages.{stage}.save_steps=99" for stage in ("translate", "finetune")]
     processes = [
         host.run(
             *launch_command("whole", "--nodes", "2", "--node-rank", str(i), "--master-addr", first),
+            *rare,
             cwd=workspace,
             env=runs.environment(),
             stdout=subprocess.PIPE,
@@ -102,6 +111,26 @@ def test_a_run_on_two_hosts_survives_what_happens_to_it(hosts, workspace, uninte
     assert job.end(seconds=240) == 0, job.output
     assert runs.status(job.run_dir)["state"] == "done"
     assert runs.losses(job.run_dir) == runs.losses(uninterrupted)
+
+
+def test_the_disk_that_preflight_asks_for_is_what_checkpoints_take(workspace, uninterrupted):
+    """Within 5%: the rest is headers."""
+    with contextlib.chdir(workspace):
+        recipe = load_recipe(uninterrupted / "config.yaml")
+        context = Context(
+            recipe=recipe,
+            run_dir=uninterrupted,
+            comm=LocalComm(),
+            device=torch.device("cpu"),
+            deepspeed=engine.load_settings(recipe.deepspeed),
+            train=ShardReader(recipe.data.path, "train"),
+            validation=ShardReader(recipe.data.path, "validation"),
+        )
+        for stage in recipe.stages:
+            (newest,) = uninterrupted.glob(f"checkpoints/{stage.name}-000016")
+            taken = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
+            foreseen = preflight._stage_needs(context, stage).checkpoint
+            assert taken == pytest.approx(foreseen, rel=0.05), stage.name
 
 
 def _stop_is_code_3(hosts: Cluster, workspace: Path) -> None:
