@@ -29,7 +29,7 @@ from s2t2_dist.stage import Context
 from s2t2_dist.tracking import default_uri
 from s2t2_dist.translate import source_rows
 
-PACKAGES = ("s2t2-dist", "torch", "deepspeed", "transformers", "safetensors", "numpy", "pyarrow")
+PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "numpy", "pyarrow")
 MLFLOW_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 SERVER_SECONDS = 5.0
 GIB = 2**30
@@ -50,8 +50,9 @@ def check_agreement(recipe: Recipe, comm: LocalComm) -> None:
 def _facts(recipe: Recipe) -> dict:
     """What has to be the same on every rank, as a mapping that `changed_keys` compares."""
     manifest = recipe.data.path / artifacts.MANIFEST
+    code = {"python": platform.python_version(), "sources of s2t2_dist": _sources()}
     return {
-        "version": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
+        "version": code | {package: _version(package) for package in PACKAGES},
         "recipe": recipe_values(recipe),
         "data": {str(manifest): _sha256(manifest)},
     }
@@ -68,6 +69,13 @@ def _differences(rank_0: dict, here: dict) -> list[str]:
         for kind in fix
         for line in changed_keys(rank_0[kind], here[kind])
     ]
+
+
+def _sources() -> str:
+    """This package's own code, whose version says little in a checkout."""
+    folder = Path(__file__).parent
+    files = {str(f.relative_to(folder)): _sha256(f) for f in folder.rglob("*.py")}
+    return artifacts.sha256_json(files)[:12]
 
 
 def _sha256(path: Path) -> str | None:
@@ -152,7 +160,7 @@ def _trained(context: Context, stage: Stage) -> int:
         rows = len(source_rows(stage, weights)[0])
         return rows * vocab_size * (1 if stage.plans == "shared" else 2)
     config = deepcopy(weights.config)
-    if stage.init == "translation":
+    if stage.init != "source":
         config.update({"vocab_size": vocab_size, "tie_word_embeddings": False})
     return model.count_weights(config)
 
