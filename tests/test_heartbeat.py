@@ -5,14 +5,15 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from s2t2_dist import heartbeat
 from s2t2_dist.heartbeat import EXIT_LOST
+from tests import launching as runs
 
-ROOT = Path(__file__).parent.parent
 HOST = socket.gethostname()
 AGAIN = "; start the job again to go on from its last checkpoint"
 
@@ -23,7 +24,7 @@ def jobs(tmp_path_factory) -> Path:
     room = tmp_path_factory.mktemp("heartbeat")
     ran = subprocess.run(
         [sys.executable, "-m", "tests.heartbeat_ranks", room],
-        cwd=ROOT,
+        cwd=runs.ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=120,
     )
@@ -82,6 +83,34 @@ def test_a_rank_that_ends_before_another_is_not_missed(job, jobs):
     assert codes(jobs, job) == [0, 0, 0]
     for rank in range(3):
         assert (jobs / job / f"{rank}.txt").read_text() == "ended well\n"
+
+
+@pytest.mark.slow
+def test_the_recipes_timeout_holds_in_deepspeeds_collectives(source_model, protein_data, tmp_path):
+    """A rank frozen in a weight stage, with heartbeats out of the way."""
+    stage = {**runs.STAGE, "max_steps": 500, "save_steps": 500, "eval_steps": 500}
+    recipe = runs.write_recipe(
+        tmp_path,
+        source_model,
+        protein_data,
+        stages=[{"kind": "finetune", "init": "truncate", **stage}],
+        collective_timeout=5,
+        heartbeat_timeout=1000,
+    )
+    process = runs.start(recipe, 2)
+    try:
+        runs.wait_for_line(tmp_path / "run", "finetune", 3, process)
+        (frozen,) = [p for p in runs.ranks_of(process) if p.environ()["RANK"] == "1"]
+        frozen.suspend()
+        line = f"rank 1 on {HOST} did not come to a collective within collective_timeout"
+        deadline = time.monotonic() + 30
+        while runs.status(tmp_path / "run")["state"] == "running":
+            assert time.monotonic() < deadline, runs.output(recipe)
+            time.sleep(0.1)
+    finally:
+        runs.kill(process)
+    assert runs.status(tmp_path / "run")["reason"] == line
+    assert f"error: {line}{AGAIN}" in runs.output(recipe)
 
 
 def test_a_stranger_on_the_port_is_turned_away():

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -178,12 +179,16 @@ def test_a_wrong_command_is_one_line_and_code_2(arguments, message, tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def in_run_node(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
+def of_run_node(script: str) -> list[str]:
     """Lines of bash with the functions of run_node.sh, without its main."""
     source = (ROOT / "launch" / "run_node.sh").read_text().removesuffix('main "$@"\n')
     source = source.replace("${BASH_SOURCE[0]}", str(ROOT / "launch" / "run_node.sh"))
+    return ["bash", "-c", f"{source}\n{script}"]
+
+
+def in_run_node(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        ["bash", "-c", f"{source}\n{script}"],
+        of_run_node(script),
         cwd=folder,
         env={**os.environ, "HOME": str(folder), **environment},
         capture_output=True,
@@ -215,6 +220,26 @@ def test_hosts_are_read_as_deepspeed_reads_them(tmp_path):
         "# all\n\nnode1 slots=8\n  node2   slots=8 # old\n#node3 slots=8\n"
     )
     assert in_run_node("HOSTFILE=hosts hosts", tmp_path).stdout.split() == ["a", "b"]
+
+
+def test_a_second_interrupt_kills_what_the_first_did_not_stop(tmp_path):
+    """What was started is in a session of its own and ignores SIGTERM."""
+    ranks = """'trap "echo asked" TERM; echo up; while true; do sleep 0.1; done'"""
+    main = f"""RUN_DIR=. BEFORE='' HOSTFILE='' STARTED=() STOPS=0
+trap 'stop INT' INT
+start bash -c {ranks}
+start bash -c {ranks}
+wait_for_end
+echo "ended $CODE"
+"""
+    process = subprocess.Popen(of_run_node(main), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    heard = [process.stdout.readline() for _ in range(2)]
+    process.send_signal(signal.SIGINT)
+    heard += [process.stdout.readline() for _ in range(2)]
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=20)
+    assert heard == ["up\n", "up\n", "asked\n", "asked\n"]
+    assert rest == "ended 137\n"
 
 
 @pytest.mark.parametrize(
