@@ -122,10 +122,11 @@ def train(
 
     Alone: `s2t2 train launch/recipes/quickstart.yaml output_dir=runs/mine`
 
-    On many devices: `deepspeed --module s2t2_dist.train launch/recipes/quickstart.yaml`
+    On many devices: `launch/run_node.sh --gpus 8 launch/recipes/quickstart.yaml`, or
+    `deepspeed --module s2t2_dist.train launch/recipes/quickstart.yaml`
 
     Exit codes: 0 done, 2 a mistake in the recipe or data, 3 stopped by a signal with a checkpoint
-    written.
+    written, 4 ended because another rank was lost.
     """
     from s2t2_dist import trainer
     from s2t2_dist.config import load_recipe
@@ -314,17 +315,10 @@ def run(arguments: list[str]) -> int:
         problem = artifacts.disk_error(error, f"running s2t2 {' '.join(arguments[:2])}")
         if problem is None:
             raise
-    line = _one_line(problem)
-    if line:
-        print(line, file=sys.stderr)
+    if not problem.everywhere or os.environ.get("RANK", "0") == "0":  # rank 0 speaks for all
+        for line in problem.lines:
+            print(f"error: {line}", file=sys.stderr)
     return USER_ERROR
-
-
-def _one_line(error: S2T2Error) -> str:
-    """What to print; nothing on the other ranks where rank 0 prints it."""
-    if error.everywhere and os.environ.get("RANK", "0") != "0":
-        return ""
-    return f"error: {' '.join(str(error).split())}"
 
 
 if __name__ == "__main__":

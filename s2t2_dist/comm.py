@@ -4,10 +4,13 @@ The solvers and the trainer call a `Comm`; with one process it does nothing, so 
 path for one rank and for many.
 """
 
-from collections.abc import Callable
+import os
+import socket
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -15,8 +18,8 @@ from safetensors import SafetensorError
 from s2t2_dist.artifacts import disk_error
 from s2t2_dist.errors import S2T2Error
 
-# How long a collective may wait for the slowest rank: rank 0 may be folding a large model.
-TIMEOUT = timedelta(minutes=30)
+# How long the ranks wait for each other at the start: a node whose launch failed never comes.
+START_TIMEOUT = 300.0  # seconds
 
 T = TypeVar("T")
 
@@ -26,6 +29,13 @@ class LocalComm:
 
     rank = 0
     size = 1
+
+    def __init__(self):
+        self.hosts = [socket.gethostname()]
+
+    def name(self, rank: int) -> str:
+        """A rank as messages call it: `rank 3 on node2`."""
+        return f"rank {rank} on {self.hosts[rank]}"
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place; returns its argument."""
@@ -48,17 +58,19 @@ class LocalComm:
 
 
 class GroupComm(LocalComm):
-    """A `torch.distributed` process group (gloo or NCCL).
+    """A `torch.distributed` process group (gloo or NCCL). Every rank must make it.
 
     Args:
-        own_group: make a new group over all ranks, so that these collectives do not interleave
-            with another user's (NCCL orders calls per group). Every rank must make it.
+        timeout: if given, make a new group over all ranks whose collectives wait so many seconds,
+            so that they do not interleave with another user's (NCCL orders calls per group);
+            default: the group that `join` made.
     """
 
-    def __init__(self, own_group: bool = False):
-        self.group = dist.new_group(timeout=TIMEOUT) if own_group else dist.group.WORLD
+    def __init__(self, timeout: float | None = None):
+        self.group = dist.group.WORLD if timeout is None else new_group(timeout)
         self.rank = dist.get_rank(self.group)
         self.size = dist.get_world_size(self.group)
+        self.hosts = self.gather_objects(socket.gethostname())
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.group)
@@ -82,9 +94,62 @@ class GroupComm(LocalComm):
         return values[0]
 
 
-def world_comm(own_group: bool = False) -> LocalComm:
+def join(backend: str, timeout: float) -> None:
+    """Meet the other ranks of the job and form its process group.
+
+    Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as every launcher sets them.
+
+    Args:
+        timeout: seconds that a collective may wait for the slowest rank.
+
+    Raises:
+        S2T2Error: the port is taken, rank 0 cannot be reached, or some ranks did not come.
+    """
+    rank = int(os.environ["RANK"])
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        start = timedelta(seconds=START_TIMEOUT)
+        store, _, size = next(dist.rendezvous("env://", timeout=start))
+    except dist.DistError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise S2T2Error(
+            f"rank {rank} on {socket.gethostname()} found no other ranks at {where} ({reason}); "
+            "see what the other nodes printed, and whether an earlier run still holds the port"
+        ) from None
+    _choose_interface()
+    wait = timedelta(seconds=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
+
+
+def _choose_interface() -> None:
+    """Have gloo use the interface that leads to rank 0, unless the user chose one.
+
+    By itself it takes the address of this host's name, which many systems set to 127.0.1.1.
+    """
+    master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    family, kind, _, _, address = socket.getaddrinfo(*master, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # sends nothing
+        mine = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if name != "lo" and mine in [known.address for known in addresses]:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def world_comm(timeout: float | None = None) -> LocalComm:
     """The `Comm` over every rank of the job; a `LocalComm` where no group was initialised."""
-    return GroupComm(own_group) if dist.is_initialized() else LocalComm()
+    return GroupComm(timeout) if dist.is_initialized() else LocalComm()
+
+
+def new_group(timeout: float, ranks: Iterable[int] | None = None) -> dist.ProcessGroup:
+    """A group of these ranks, default all, whose collectives wait `timeout` seconds."""
+    ranks = None if ranks is None else list(ranks)
+    return dist.new_group(ranks, timeout=timedelta(seconds=timeout))
+
+
+def timed_out(error: BaseException) -> bool:
+    """Whether a collective gave up waiting for other ranks (gloo says so in its message only)."""
+    return isinstance(error, RuntimeError) and "timed out waiting" in str(error).lower()
 
 
 def agree(comm: LocalComm, step: Callable[[], T], doing: str) -> T:
@@ -112,7 +177,7 @@ def agree(comm: LocalComm, step: Callable[[], T], doing: str) -> T:
     failed = [rank for rank, found in enumerate(problems) if found is not None]
     if failed:
         first = problems[failed[0]]
-        where = "" if len(failed) == comm.size else f"rank {failed[0]}: "
+        where = "" if len(failed) == comm.size else f"{comm.name(failed[0])}: "
         shared = type(first)(f"{where}{first}")
         shared.everywhere = True
         raise shared from problem

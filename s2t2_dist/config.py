@@ -227,6 +227,12 @@ class Recipe(_Strict):
     max_bad_steps: Positive = Field(
         5, description="end the run after so many steps in a row without a finite gradient"
     )
+    collective_timeout: Positive = Field(
+        1800, description="seconds that ranks wait for the slowest (rank 0 may fold a large model)"
+    )
+    heartbeat_timeout: Positive = Field(
+        20, description="seconds without a sign of life after which a rank counts as lost"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":

@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import warnings
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -19,8 +20,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups
 from transformers.utils.logging import disable_progress_bar
 
-from s2t2_dist import leftovers
-from s2t2_dist.comm import TIMEOUT, world_comm
+from s2t2_dist import comm, leftovers
 from s2t2_dist.config import ModelConfig, Stage
 from s2t2_dist.errors import ConfigError
 
@@ -50,8 +50,11 @@ KNOWN_KEYS = (
 )
 
 
-def init_distributed() -> torch.device:
-    """Join the job that the launcher describes, or a job of one, and return this rank's device."""
+def init_distributed(timeout: float) -> torch.device:
+    """Join the job that the launcher describes, or a job of one, and return this rank's device.
+
+    Args, Raises: see `comm.join`.
+    """
     _quiet()
     if "RANK" not in os.environ:
         with socket.socket() as s:
@@ -67,9 +70,12 @@ def init_distributed() -> torch.device:
     elif os.environ["LOCAL_RANK"] == "0":
         leftovers.clear_stale_lock()
     backend = "gloo" if on_cpu else accelerator.communication_backend_name()
-    deepspeed.init_distributed(backend, timeout=TIMEOUT, verbose=False)
+    comm.join(backend, timeout)
+    deepspeed.init_distributed(backend, verbose=False)
+    # The groups that DeepSpeed makes would have torch's timeout.
+    deepspeed.comm.comm.cdb.new_group = partial(comm.new_group, timeout)
     if on_cpu:
-        world_comm().barrier()
+        comm.world_comm().barrier()
         leftovers.unlink_shared_buffer()
     return torch.device(accelerator.current_device_name())
 

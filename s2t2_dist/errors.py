@@ -13,6 +13,11 @@ class S2T2Error(Exception):
 
     everywhere = False
 
+    @property
+    def lines(self) -> list[str]:
+        """What to print: one line for each problem."""
+        return [" ".join(str(self).split())]
+
 
 class ConfigError(S2T2Error):
     """A recipe, an override or a DeepSpeed JSON is wrong; the message names the key path."""
@@ -30,3 +35,21 @@ def everywhere(error: S2T2Error) -> S2T2Error:
     """The same error, marked as one that every rank raises."""
     error.everywhere = True
     return error
+
+
+class PreflightError(S2T2Error):
+    """Some ranks cannot take part in a job; every rank raises it.
+
+    Args:
+        problems: one line each, which names the host.
+    """
+
+    everywhere = True
+
+    def __init__(self, problems: list[str]):
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+    @property
+    def lines(self) -> list[str]:
+        return self.problems

@@ -35,6 +35,8 @@ FREE_KEYS = (
     "keep_steps",
     "max_hours",
     "max_bad_steps",
+    "collective_timeout",
+    "heartbeat_timeout",
 )
 
 _log = logging.getLogger(__name__)
@@ -111,6 +113,16 @@ def write_status(run_dir: Path, state: str, **more: object) -> None:
     """Replace `status.json`. On rank 0 only."""
     where = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
     artifacts.write_json(run_dir / STATUS, {"state": state, **more, **where})
+
+
+def record_loss(run_dir: Path, reason: str) -> None:
+    """Replace the status that this process wrote, if it is still its own: a rank was lost."""
+    path = run_dir / STATUS
+    if path.exists():
+        found = artifacts.read_json(path)
+        mine = (found["host"], found["pid"]) == (socket.gethostname(), os.getpid())
+        if mine and found["state"] in ("running", "failed"):
+            write_status(run_dir, "failed", reason=reason)
 
 
 def _check(run_dir: Path, recipe: Recipe, inputs: dict, resume: str) -> None:

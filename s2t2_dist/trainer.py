@@ -8,14 +8,16 @@ weights, moments and a position.
 import contextlib
 import random
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from s2t2_dist import checkpoint, comm, engine, model, rundir, stages
+from s2t2_dist import checkpoint, comm, engine, heartbeat, model, preflight, rundir, stages
 from s2t2_dist.comm import agree
 from s2t2_dist.config import Recipe, Stage, Translate, recipe_values
 from s2t2_dist.data import (
@@ -58,10 +60,12 @@ def run(recipe: Recipe, resume: str = "auto") -> int:
         S2T2Error: a user's mistake, found before anything is written; a full disk; gradients that
             are no longer finite.
     """
-    device = engine.init_distributed()
+    device = engine.init_distributed(recipe.collective_timeout)
     world = comm.world_comm()
+    record = partial(rundir.record_loss, recipe.output_dir.resolve())
     try:
-        code = _run_job(recipe, resume, world, device)
+        with heartbeat.watched(world, recipe.heartbeat_timeout, record) as await_cause:
+            code = _run_job(recipe, resume, world, device, await_cause)
     except S2T2Error as error:
         if error.everywhere:  # else the other ranks may still be waiting in a collective
             comm.destroy()
@@ -70,12 +74,21 @@ def run(recipe: Recipe, resume: str = "auto") -> int:
     return code
 
 
-def _run_job(recipe: Recipe, resume: str, world: comm.LocalComm, device: torch.device) -> int:
+def _run_job(
+    recipe: Recipe,
+    resume: str,
+    world: comm.LocalComm,
+    device: torch.device,
+    await_cause: Callable[[BaseException], None],
+) -> int:
+    preflight.check_agreement(recipe, world)
     context = agree(world, lambda: _open_inputs(recipe, world, device), "opening the inputs")
+    preflight.check_room(context)
     with contextlib.ExitStack() as held:
         state = agree(world, lambda: _claim(context, resume, held), "making the run directory")
+        preflight.check_shared(context.run_dir, world)
         if world.broadcast_object(state) != "done":
-            return Trainer(context, resume).run()
+            return Trainer(context, resume, await_cause).run()
         if world.rank == 0:
             _finish_shipping(context)
             print(f"{context.run_dir} is done; nothing to do")
@@ -133,11 +146,13 @@ class Trainer:
 
     Args:
         resume: as for `run`.
+        await_cause: from `heartbeat.watched`.
     """
 
-    def __init__(self, context: Context, resume: str):
+    def __init__(self, context: Context, resume: str, await_cause: Callable[[BaseException], None]):
         self.context = context
         self.recipe, self.run_dir, self.comm = context.recipe, context.run_dir, context.comm
+        self.await_cause = await_cause
         self.stop = StopRequest(self.comm.size > 1, self.recipe.max_hours)
         self.skipped = SkippedSteps(self.recipe.max_bad_steps, self.comm.rank)
         path = None if resume in ("auto", "never") else Path(resume)
@@ -170,6 +185,7 @@ class Trainer:
             self._end("preempted", "KILLED")
             return EXIT_PREEMPTED
         except BaseException as error:
+            self.await_cause(error)
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
                 self._end("failed", "FAILED", reason=f"{type(error).__name__}: {error}")
             raise

@@ -68,7 +68,7 @@ class TranslateStage:
             embed_scale=stage.embed_scale,
             units=stage.units,
             plans=stage.plans,
-            comm=world_comm(own_group=True),
+            comm=world_comm(context.recipe.collective_timeout),
         )
         self.optimizer = torch.optim.AdamW(
             self.translator.costs,

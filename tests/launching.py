@@ -40,6 +40,29 @@ def write_recipe(folder: Path, base: Path, shards: Path, **changes) -> Path:
     return path
 
 
+def quickstart_workspace(folder: Path) -> Path:
+    """A working directory as the quickstart leaves it: the repository's files and the data."""
+    for name in ("launch", "ds_configs"):
+        (folder / name).symlink_to(ROOT / name)
+    data, proteins = folder / "runs" / "data", "launch/assets/proteins.fasta.gz"
+    tokenizer = ("--tokenizer", data / "tokenizer-512", "--context", "128")
+    split = ("--validation-fraction", "0.05")
+    for words in (
+        ("tokenizer", "train", proteins, "--vocab-size", "512", "--out", data / "tokenizer-512"),
+        ("data", "build", proteins, *tokenizer, *split, "--out", data / "proteins-512"),
+    ):
+        subprocess.run([BIN / "s2t2", *words], cwd=folder, check=True)
+    return folder
+
+
+def short_quickstart(name: str) -> list[str]:
+    """The shipped recipe in runs/NAME, in fewer steps with more checkpoints."""
+    short = ("max_steps=16", "save_steps=5", "eval_steps=16")
+    overrides = [f"stages.{stage}.{key}" for stage in ("translate", "finetune") for key in short]
+    where = [f"output_dir=runs/{name}", "tracking.enabled=false"]
+    return ["launch/recipes/quickstart.yaml", *where, *overrides]
+
+
 def command(recipe: Path, ranks: int, *overrides: str, launcher: bool = False) -> list[str]:
     """The command that trains: `s2t2 train` for 0 ranks, else a job of so many.
 

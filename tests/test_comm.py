@@ -1,10 +1,12 @@
 """Agreement between ranks: one rank's failure is every rank's error, and nobody waits."""
 
 import errno
+import socket
 
 import pytest
 from safetensors import SafetensorError
 
+from s2t2_dist import comm
 from s2t2_dist.comm import LocalComm, agree
 from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error
 from tests.distributed import run_ranks
@@ -31,7 +33,7 @@ def test_where_one_rank_fails_all_raise_the_same(tmp_path):
     assert zero == one
     nobody, second, both = zero
     assert nobody == ("result", 7, None)
-    assert second == (ConfigError, "rank 1: no data", True)
+    assert second == (ConfigError, f"rank 1 on {socket.gethostname()}: no data", True)
     assert both == (ConfigError, "no data", True)
 
 
@@ -53,3 +55,18 @@ def test_what_the_disk_does_is_one_of_our_errors(error, kind, text):
 def test_a_bug_stays_a_bug():
     with pytest.raises(ZeroDivisionError):
         agree(LocalComm(), lambda: 1 / 0, "dividing")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_do_not_come_are_one_clear_line(rank, monkeypatch):
+    """Neither rank 0 nor another one waits for ever for a node whose launch failed."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    monkeypatch.setattr(comm, "START_TIMEOUT", 1)
+    job = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for key, value in job.items():
+        monkeypatch.setenv(key, str(value))
+    named = f"rank {rank} on {socket.gethostname()} found no other ranks at 127.0.0.1:{port} "
+    with pytest.raises(S2T2Error, match=named):
+        comm.join("gloo", 1)

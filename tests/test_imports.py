@@ -10,10 +10,20 @@ ROOT = Path(__file__).parent.parent
 # A module may import from the lines above its own, and from its own line.
 LAYERS = [
     ["errors", "overrides", "config", "comm", "artifacts"],
-    ["ot", "shards", "data", "tracking", "schedule", "progress", "stopping", "leftovers"],
+    [
+        "ot",
+        "shards",
+        "data",
+        "tracking",
+        "schedule",
+        "progress",
+        "stopping",
+        "leftovers",
+        "heartbeat",
+    ],
     ["model", "loading", "evaluate", "translation", "marginals", "plan_state"],
     ["engine", "checkpoint", "universal", "export", "rundir", "dryrun"],
-    ["stage", "translate", "inputs", "stages", "soundness", "trainer", "plan"],
+    ["stage", "translate", "inputs", "preflight", "stages", "soundness", "trainer", "plan"],
     [
         "finished",
         "replay",

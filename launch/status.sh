@@ -1,0 +1,48 @@
+# Sourced by run_node.sh and slurm.sbatch: what a run's directory says, which a launcher's exit code
+# does not: DeepSpeed's is 0 where its node launcher was killed.
+
+# output_dir RECIPE [KEY=VALUE]...: the run directory; one line on stderr where the recipe is wrong.
+output_dir() {
+  python -c '
+import sys
+from pathlib import Path
+from s2t2_dist.config import load_recipe
+from s2t2_dist.errors import S2T2Error
+try:
+    print(load_recipe(Path(sys.argv[1]), sys.argv[2:]).output_dir)
+except S2T2Error as error:
+    sys.exit("error: " + " ".join(str(error).split()))' "$@"
+}
+
+# status_of RUN_DIR: its status.json, which changes with every start and end of a job.
+status_of() {
+  cat "$1/status.json" 2>/dev/null || true
+}
+
+# field NAME STATUS: a text or a number of a status.json.
+field() {
+  sed -nE "s/^ *\"$1\": \"?(.*[^\",])\"?,?\$/\\1/p" <<<"$2"
+}
+
+# exit_code RUN_DIR BEFORE CODE: what a run's end amounts to, by its status before and now and the
+# launcher's exit code: 0 done, 2 a user's mistake, 3 stopped with a checkpoint, 1 anything else.
+exit_code() {
+  local run_dir=$1 before=$2 code=$3 now state
+  now=$(status_of "$run_dir")
+  state=$(field state "$now")
+  if [[ $state == done && ($code == 0 || $now != "$before") ]]; then
+    echo 0
+  elif [[ $state == preempted && $now != "$before" ]]; then
+    echo 3
+  elif [[ $code == 2 && ($state == failed || $now == "$before") ]]; then
+    echo 2
+  else
+    echo 1
+    if [[ $now == "$before" ]]; then
+      echo "error: the job ended with code $code before it could start; see its output" >&2
+    else
+      echo "error: the run did not finish (code $code, ${run_dir}/status.json: $state" \
+        "$(field reason "$now")); start it again to go on from its last checkpoint" >&2
+    fi
+  fi
+}

@@ -1,0 +1,251 @@
+"""Signs of life between the ranks: a dead process or a cut link ends the whole job, by name.
+
+A collective notices a dead peer when it next talks to it and a cut link when it times out, and
+names neither. So every rank keeps one TCP connection to rank 0, over which both sides write a
+line every `BEAT_SECONDS`. One that closes without a goodbye is a dead process; one that is silent
+for `timeout` seconds is a lost host or a frozen process. Rank 0 tells the others who it was, and
+every rank ends with `EXIT_LOST`, from a thread: the main one may be stuck in a collective.
+"""
+
+import hmac
+import json
+import os
+import secrets
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import NoReturn
+
+from s2t2_dist.comm import LocalComm, agree, timed_out
+from s2t2_dist.errors import S2T2Error
+
+EXIT_LOST = 4
+BEAT_SECONDS = 1.0
+CONNECT_SECONDS = 30.0
+GRACE_SECONDS = 3.0  # for the cause of an error to be known before the error is taken for it
+
+
+@contextmanager
+def watched(
+    comm: LocalComm, timeout: float, on_lost: Callable[[str], None]
+) -> Iterator[Callable[[BaseException], None]]:
+    """Watch the other ranks while the block runs. A collective; nothing to watch with one rank.
+
+    An error that leaves the block on this rank alone is told to the others, who end as well: they
+    may be waiting for this one.
+
+    Args:
+        timeout: seconds without a sign of life after which a rank counts as lost.
+        on_lost: called on rank 0 with the line that says who was lost, before the process ends.
+
+    Yields:
+        a function to call with an error before it is reported: where the loss of another rank is
+        its cause, that is known within seconds, and the process ends in the call.
+
+    Raises:
+        S2T2Error: on every rank, where one cannot connect to rank 0.
+    """
+    if comm.size == 1:
+        yield lambda _: None
+        return
+    heart = _Heart(comm, timeout, on_lost)
+    try:
+        yield heart.await_cause
+    except Exception as error:
+        heart.await_cause(error)
+        if isinstance(error, S2T2Error):
+            what = None if error.everywhere else f"stopped: {error}"
+        else:
+            what = f"failed: {type(error).__name__}: {error}"
+        heart.close(what)
+        raise
+    heart.close()
+
+
+class _Peer:
+    """The rank at the other end of a connection, and what is known of it."""
+
+    def __init__(self, rank: int, connection: socket.socket):
+        self.rank, self.connection = rank, connection
+        connection.setblocking(False)
+        self.heard = time.monotonic()
+        self.unread = b""
+
+    def send(self, message: dict) -> None:
+        """Best effort: a connection that takes nothing is found by its silence."""
+        with suppress(OSError):
+            self.connection.send(json.dumps(message).encode() + b"\n")
+
+    def receive(self) -> list[dict] | None:
+        """The messages that have arrived; None where the other side closed the connection."""
+        try:
+            found = self.connection.recv(65536)
+        except BlockingIOError:
+            return []
+        except OSError:
+            return None
+        if not found:
+            return None
+        self.heard = time.monotonic()
+        *lines, self.unread = (self.unread + found).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+
+class _Heart:
+    """The connections of one rank (rank 0: to every other; else: to rank 0) and their thread."""
+
+    def __init__(self, comm: LocalComm, timeout: float, on_lost: Callable[[str], None]):
+        self.comm, self.timeout, self.on_lost = comm, timeout, on_lost
+        self.peers = _connect(comm)
+        self.closing = threading.Event()
+        self.failure: str | None = None
+        self.awaited: BaseException | None = None
+        self.waited: set[int] = set()  # ranks that gave up waiting in a collective
+        self.judging = 0.0
+        self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self.thread.start()
+
+    def await_cause(self, error: BaseException) -> None:
+        """Return after a moment in which the loss of another rank would have ended this process."""
+        if error is self.awaited or (isinstance(error, S2T2Error) and error.everywhere):
+            return
+        self.awaited = error
+        if timed_out(error):
+            self.waited.add(self.comm.rank)
+            time.sleep(2 * GRACE_SECONDS)  # rank 0 finds out for whom they waited
+        time.sleep(GRACE_SECONDS)
+
+    def close(self, failure: str | None = None) -> None:
+        """Say goodbye: nobody misses this rank from now on, or every rank ends for its failure."""
+        if failure:
+            self.failure = f"{self.comm.name(self.comm.rank)} {' '.join(failure.split())[:500]}"
+        self.closing.set()
+        self.thread.join()
+
+    def _run(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for peer in self.peers:
+                selector.register(peer.connection, selectors.EVENT_READ, peer)
+            while not self.closing.is_set():
+                begun = time.monotonic()
+                for peer in self.peers:
+                    peer.send({"waited": self.comm.rank in self.waited})
+                while time.monotonic() < begun + BEAT_SECONDS and not self.closing.is_set():
+                    for key, _ in selector.select(BEAT_SECONDS / 10):
+                        self._hear(key.data, selector)
+                self._find_silent(begun)
+                self._find_missing()
+        for peer in self.peers:
+            peer.send({"lost": self.failure} if self.failure else {"bye": True})
+            peer.connection.close()
+
+    def _hear(self, peer: _Peer, selector: selectors.BaseSelector) -> None:
+        messages = peer.receive()
+        if messages is None:
+            self._end(f"{self.comm.name(peer.rank)} was lost: its process ended")
+        for message in messages:
+            if "lost" in message:
+                self._end(message["lost"], told=self.comm.rank != 0)
+            elif message.get("waited"):
+                self.waited.add(peer.rank)
+            elif "bye" in message:
+                selector.unregister(peer.connection)
+                self.peers.remove(peer)
+                peer.connection.close()
+                return
+
+    def _find_silent(self, begun: float) -> None:
+        """Judge by the time before the last listening: this process may have been frozen itself."""
+        for peer in self.peers:
+            silence = begun - peer.heard
+            if silence > self.timeout:
+                name = self.comm.name(peer.rank)
+                self._end(f"{name} was lost: no sign of life for {silence:.0f} s")
+
+    def _find_missing(self) -> None:
+        """On rank 0: after a collective's timeout, who did not come to it although it lives."""
+        if self.comm.rank != 0 or not self.waited:
+            return
+        self.judging = self.judging or time.monotonic() + GRACE_SECONDS
+        if time.monotonic() < self.judging:
+            return
+        missing = sorted(set(range(self.comm.size)) - self.waited)
+        names = ", ".join(map(self.comm.name, missing)) or "every rank"
+        self._end(f"{names} did not come to a collective within collective_timeout")
+
+    def _end(self, line: str, told: bool = False) -> NoReturn:
+        """End this process; rank 0 has the others end first, and says why for all of them.
+
+        Where rank 0 itself is lost, the first rank of each host says so.
+        """
+        rank, hosts = self.comm.rank, self.comm.hosts
+        if rank == 0:
+            for peer in self.peers:
+                peer.send({"lost": line})
+        if rank == 0 or (not told and hosts.index(hosts[rank], 1) == rank):
+            text = f"error: {line}; start the job again to go on from its last checkpoint\n"
+            with suppress(OSError):
+                os.write(sys.stderr.fileno(), text.encode())
+        if rank == 0:
+            threading.Timer(GRACE_SECONDS, os._exit, [EXIT_LOST]).start()  # a disk may hang
+            with suppress(OSError):
+                self.on_lost(line)
+        os._exit(EXIT_LOST)
+
+
+def _connect(comm: LocalComm) -> list[_Peer]:
+    """Every rank's connections. The key keeps strangers out who happen upon the port."""
+    listener, invitation = None, None
+    if comm.rank == 0:
+        listener = _listen(comm.size)
+        invitation = listener.getsockname()[1], secrets.token_hex(16)
+    port, key = comm.broadcast_object(invitation)
+
+    def call() -> list[_Peer]:
+        if comm.rank == 0:
+            return []
+        address = os.environ["MASTER_ADDR"], port
+        try:
+            connection = socket.create_connection(address, CONNECT_SECONDS)
+            connection.sendall(f"{key} {comm.rank}\n".encode())
+        except OSError as error:
+            raise S2T2Error(
+                f"no connection to rank 0 at {address[0]}:{port} ({error}); the nodes must reach "
+                "each other on every port"
+            ) from None
+        return [_Peer(0, connection)]
+
+    def answer() -> list[_Peer]:
+        return [] if listener is None else _accept(listener, key, comm.size - 1)
+
+    return agree(comm, call, "connecting to rank 0") + agree(comm, answer, "waiting for the ranks")
+
+
+def _listen(backlog: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        everywhere = {"family": socket.AF_INET6, "dualstack_ipv6": True}
+        return socket.create_server(("", 0), backlog=backlog, **everywhere)
+    return socket.create_server(("", 0), backlog=backlog)
+
+
+def _accept(listener: socket.socket, key: str, count: int) -> list[_Peer]:
+    """The connections of `count` ranks; anything else that connects is turned away."""
+    peers: list[_Peer] = []
+    with listener:
+        listener.settimeout(CONNECT_SECONDS)
+        while len(peers) < count:
+            connection, _ = listener.accept()
+            connection.settimeout(1)
+            greeting = b""
+            with suppress(OSError):
+                greeting = connection.makefile("rb").readline(80)
+            found, _, rank = greeting.partition(b" ")
+            if hmac.compare_digest(found, key.encode()):
+                peers.append(_Peer(int(rank), connection))
+            else:
+                connection.close()
+    return peers
