@@ -137,15 +137,19 @@ def verify(directory: Path, hashes: bool = True) -> dict:
     """
     manifest = read_manifest(directory)
     for name, entry in manifest["files"].items():
-        path = directory / name
-        if not path.is_file():
-            raise ArtifactError(f"{path} is missing, but the manifest lists it; make it again")
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise ArtifactError(f"{path} has {size} bytes, the manifest says {entry['bytes']}")
-        if hashes and sha256_file(path) != entry["sha256"]:
-            raise ArtifactError(f"{path} was altered: its sha256 is not the manifest's")
+        verify_file(directory / name, entry, hashes)
     return manifest
+
+
+def verify_file(path: Path, entry: dict, hashes: bool) -> None:
+    """Check one file against its entry in the manifest; errors as for `verify`."""
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing, but the manifest lists it; make it again")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise ArtifactError(f"{path} has {size} bytes, the manifest says {entry['bytes']}")
+    if hashes and sha256_file(path) != entry["sha256"]:
+        raise ArtifactError(f"{path} was altered: its sha256 is not the manifest's")
 
 
 def publish(temporary: Path, target: Path) -> None:
