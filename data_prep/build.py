@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from data_prep.bpe import plain_bpe
 from data_prep.outputs import already_made, describe_sources, open_partial
 from data_prep.packing import SplitPlan
 from data_prep.sources import Chunk, OpenFile, detect_format, read_chunks, reading_progress
@@ -87,6 +88,7 @@ def build_shards(
     steps = Steps(tokenizer_dir, options, request, tuple(inputs), partial, jobs.rank)
     if sum(path.stat().st_size for path in inputs) < SMALL_INPUT:
         jobs = Jobs(1, jobs.rank, jobs.ranks, jobs.only)
+    plain_bpe(tokenizer.backend)  # compiled here, before every worker would do it
     try:
         _Build(steps, jobs, target).run()
     except DataError:

@@ -1,7 +1,9 @@
 """Documents -> token ids, with the proof that the ids spell the document.
 
-Every document is checked: a BPE model that does not know a character drops it or
-writes the unknown token, and a normalizer may change the text; both would make bits per byte wrong.
+A BPE model that does not know a character drops it or writes the unknown token, and a normalizer
+may change the text; both would make bits per byte wrong. So the tokens of every document must spell
+as many bytes as it has, and those of many documents together the same bytes: a tokenizer that
+drops, replaces or adds a character fails this, and none permutes them.
 
 Index letters: D documents of a batch, N their token ids end to end, V tokens of the vocabulary.
 """
@@ -12,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_prep.bpe import plain_bpe
 from data_prep.readers import Document
 from data_prep.tokenizer import LoadedTokenizer
 from s2t2_dist.errors import DataError
@@ -19,13 +22,22 @@ from s2t2_dist.shards import token_dtype
 
 # Characters per call of the tokenizer: its result takes 100 bytes for each, and fits a cache so.
 BATCH_CHARACTERS = 100_000
+# np.bincount takes 8 bytes for each.
+COUNTED_AT_ONCE = 1 << 20
+
+# Token ids end to end, and how many each document has.
+Tokens = tuple[np.ndarray, np.ndarray]
 
 
 class Encoded(NamedTuple):
-    """Documents end to end as token ids (uint16 or uint32), each closed by the end token."""
+    """Documents end to end as token ids (uint16 or uint32), each closed by the end token.
+
+    `byte_counts` says how often each byte value occurs in their text, (256,) int64.
+    """
 
     tokens_N: np.ndarray
     lengths_D: np.ndarray
+    byte_counts: np.ndarray
 
 
 class Encoder:
@@ -39,6 +51,7 @@ class Encoder:
         self._tokenizer = tokenizer
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._table = _CharacterTable(tokenizer) if characters else None
+        self._bpe = None if characters else plain_bpe(tokenizer.backend)
         self._sizes = np.array([len(text) for text in tokenizer.token_texts], np.int32)
 
     def encode(self, documents: Sequence[Document]) -> Encoded:
@@ -47,44 +60,59 @@ class Encoder:
         Raises:
             DataError: the tokenizer cannot spell a document; names it and the character.
         """
-        nothing = Encoded(np.empty(0, self._dtype), np.empty(0, np.int64))
-        encoded = [nothing, *map(self._encode_batch, batches(documents))]
-        return Encoded(*map(np.concatenate, zip(*encoded, strict=True)))
+        tokens, lengths = [np.empty(0, self._dtype)], [np.empty(0, np.int64)]
+        byte_counts = np.zeros(256, np.int64)
+        for batch in batches(documents):
+            texts = [document.text.encode() for document in batch]
+            found = self._encode_merges(batch[0], texts) or self._encode_lists(batch)
+            tokens.append(found[0])
+            lengths.append(found[1])
+            byte_counts += count_values(np.frombuffer(b"".join(texts), np.uint8), 256)
+            if not self._fits(texts, *found):
+                raise self._lost_text(batch)
+        encoded = Encoded(np.concatenate(tokens), np.concatenate(lengths), byte_counts)
+        token_counts = count_values(encoded.tokens_N, self._tokenizer.vocab_size)
+        if (spelled_bytes(self._tokenizer, token_counts) != byte_counts).any():
+            raise self._lost_text(documents)
+        return encoded
 
-    def _encode_batch(self, documents: list[Document]) -> Encoded:
-        texts = [document.text for document in documents]
-        table = self._table
+    def _encode_merges(self, first: Document, texts: list[bytes]) -> Tokens | None:
+        """By `PlainBPE`; None if it does not apply, or not to a byte of these texts.
+
+        The first document is compared with what `tokenizers` gives.
+        """
+        if self._bpe is None:
+            return None
+        found = self._bpe.encode(texts, self._tokenizer.eos_token_id, self._dtype)
+        if found is not None:
+            tokens_N, lengths_D = found
+            (expected,) = _encode(self._tokenizer, [first.text])
+            same = tokens_N[: lengths_D[0] - 1].tolist() == expected
+            assert same, f"bpe.cpp cuts {first.id} otherwise than `tokenizers` does"
+        return found
+
+    def _encode_lists(self, documents: list[Document]) -> Tokens:
+        texts, table = [document.text for document in documents], self._table
         rows = [table.encode(t) for t in texts] if table else _encode(self._tokenizer, texts)
         for row in rows:
             row.append(self._tokenizer.eos_token_id)
         lengths_D = np.fromiter(map(len, rows), np.int64, len(rows))
         tokens_N = np.fromiter(chain.from_iterable(rows), self._dtype, int(lengths_D.sum()))
-        if not self._is_spelled(texts, tokens_N, lengths_D):
-            raise self._lost_text(documents, rows)
-        return Encoded(tokens_N, lengths_D)
+        return tokens_N, lengths_D
 
-    def _is_spelled(self, texts: list[str], tokens_N: np.ndarray, lengths_D: np.ndarray) -> bool:
-        """Whether the tokens spell as many bytes as each text has, and together the same ones.
-
-        A tokenizer that drops, replaces or adds a character fails this; none permutes them.
-        """
-        encoded = [text.encode() for text in texts]
+    def _fits(self, texts: list[bytes], tokens_N: np.ndarray, lengths_D: np.ndarray) -> bool:
+        """Whether the tokens of each text spell as many bytes as it has."""
         ends_N = np.cumsum(self._sizes[tokens_N], dtype=np.int32)
-        ends_D = np.cumsum(np.fromiter(map(len, encoded), np.int32, len(encoded)))
-        if (ends_N[np.cumsum(lengths_D) - 1] != ends_D).any():
-            return False
-        counted = np.bincount(tokens_N, minlength=len(self._sizes))
-        return (spelled_bytes(self._tokenizer, counted) == count_bytes(b"".join(encoded))).all()
+        ends_D = np.cumsum(np.fromiter(map(len, texts), np.int32, len(texts)))
+        return bool((ends_N[np.cumsum(lengths_D) - 1] == ends_D).all())
 
-    def _lost_text(self, documents: list[Document], rows: list[list[int]]) -> DataError:
+    def _lost_text(self, documents: list[Document]) -> DataError:
         """The error for the first of the documents that its token ids do not spell."""
-        spelling = self._tokenizer.token_texts
-        for document, row in zip(documents, rows, strict=True):
-            if b"".join([spelling[i] for i in row]) == document.text.encode():
+        for document in documents:
+            if self._spells(document.text):
                 continue
             for character in dict.fromkeys(document.text):
-                (ids,) = _encode(self._tokenizer, [character])
-                if b"".join([spelling[i] for i in ids]) != character.encode():
+                if not self._spells(character):
                     return DataError(
                         f"document {document.id}: the tokenizer's alphabet has no {character!r}; "
                         "use a tokenizer trained on data of this kind"
@@ -95,6 +123,11 @@ class Encoder:
             )
         raise AssertionError("every document is spelled, but not all of them together")
 
+    def _spells(self, text: str) -> bool:
+        spelling = self._tokenizer.token_texts
+        (ids,) = _encode(self._tokenizer, [text])
+        return b"".join([spelling[i] for i in ids]) == text.encode()
+
 
 def spelled_bytes(tokenizer: LoadedTokenizer, token_counts_V: np.ndarray) -> np.ndarray:
     """How often each byte value occurs in what so many of each token spell, (256,)."""
@@ -104,9 +137,12 @@ def spelled_bytes(tokenizer: LoadedTokenizer, token_counts_V: np.ndarray) -> np.
     return np.bincount(letters, weights, minlength=256).astype(np.int64)
 
 
-def count_bytes(text: bytes) -> np.ndarray:
-    """How often each byte value occurs, (256,); takes 8 times the text's memory."""
-    return np.bincount(np.frombuffer(text, np.uint8), minlength=256)
+def count_values(values: np.ndarray, size: int) -> np.ndarray:
+    """How often each of 0 to size - 1 occurs, (size,) int64; `np.bincount` in little memory."""
+    counts = np.zeros(size, np.int64)
+    for first in range(0, len(values), COUNTED_AT_ONCE):
+        counts += np.bincount(values[first : first + COUNTED_AT_ONCE], minlength=size)
+    return counts
 
 
 def batches(documents: Sequence[Document]) -> Iterator[list[Document]]:

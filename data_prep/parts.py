@@ -33,28 +33,21 @@ def part_path(directory: Path, number: int) -> Path:
     return directory / f"part-{number:06d}.arrow"
 
 
-def write_part(
-    path: Path, documents: Documents, validation_D: np.ndarray, counts: dict, temporary: str
-) -> None:
+def write_part(path: Path, splits: Sequence[Documents], counts: dict, temporary: str) -> None:
     """Write one part atomically.
 
     Args:
-        documents: in the order of the files.
-        validation_D: whether a document belongs to validation.
+        splits: one for each of SPLITS.
         temporary: makes the name of the temporary file this process's own.
     """
-    tokens_type = pa.list_(pa.from_numpy_dtype(documents.tokens_N.dtype))
+    tokens_type = pa.list_(pa.from_numpy_dtype(splits[0].tokens_N.dtype))
     schema = pa.schema(
         [("key", pa.uint64()), ("tokens", tokens_type)],
         metadata={COUNTS_KEY: json.dumps(counts).encode()},
     )
     scratch = path.with_name(f"{path.name}.{temporary}")
     with scratch.open("wb") as sink, pa.ipc.new_file(sink, schema) as file:
-        for is_validation in (False, True):
-            chosen = np.flatnonzero(validation_D == is_validation)
-            keys, lengths, tokens = reorder(
-                documents, chosen[np.argsort(documents.keys_D[chosen], kind="stable")]
-            )
+        for keys, lengths, tokens in splits:
             offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
             lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens))
             file.write_batch(pa.record_batch([pa.array(keys), lists], schema=schema))

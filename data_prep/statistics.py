@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.encode import Encoder
+from data_prep.encode import Encoder, count_values
 from data_prep.readers import DEFAULT_READ, Document, ReadOptions, read_documents
 from data_prep.tokenizer import (
     LoadedTokenizer,
@@ -62,8 +62,8 @@ def token_statistics(tokenizer: LoadedTokenizer, documents: Sequence[Document]) 
     Raises:
         DataError: the tokenizer cannot spell one of them.
     """
-    tokens, _ = Encoder(tokenizer, characters=False).encode(documents)
-    counts = np.bincount(tokens, minlength=tokenizer.vocab_size)
+    encoded = Encoder(tokenizer, characters=False).encode(documents)
+    counts = count_values(encoded.tokens_N, tokenizer.vocab_size)
     counts[tokenizer.eos_token_id] = 0
     characters = sum(len(document.text) for document in documents)
     return TokenStatistics(characters, counts, tokenizer.token_texts)

@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import packing
-from data_prep.encode import Encoder, batches, count_bytes, spelled_bytes
+from data_prep.encode import Encoder, count_values, spelled_bytes
 from data_prep.outputs import REQUEST
 from data_prep.packing import KEY_BITS, Packing, SplitPlan
 from data_prep.parts import Documents, part_path, read_counts, write_part
 from data_prep.readers import (
-    Document,
     ReadCounts,
     ReadOptions,
     id_hash,
@@ -40,8 +39,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 TEMPORARY = "tmp"
-# Counting tokens takes 8 bytes for each.
-COUNTED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -131,31 +128,30 @@ class Steps:
     def encode(self, chunk: Chunk) -> None:
         """Write the part of a chunk."""
         documents, read = parse_chunk(chunk, self.options.read)
-        sides = id_hashes([d.id for d in documents], "split")
-        kept = ~np.isin(sides, self.dropped) if len(self.dropped) else np.ones(len(sides), bool)
-        lost = [d for d, keep in zip(documents, kept, strict=True) if not keep]
-        documents = [d for d, keep in zip(documents, kept, strict=True) if keep]
-        fraction = self.options.validation_fraction
-        validation = [hash_ < fraction * 2**KEY_BITS for hash_ in sides[kept].tolist()]
-        order = f"order {self.options.seed}"
-        keys = id_hashes([d.id for d in documents], order)
-        tokens, lengths = self.encoder.encode(documents)
+        ids = [document.id for document in documents]
+        sides = id_hashes(ids, "split")
+        keys = id_hashes(ids, f"order {self.options.seed}")
+        lost = np.isin(sides, self.dropped)
+        limit = self.options.validation_fraction * 2**KEY_BITS
+        validation = np.array([side < limit for side in sides.tolist()], bool)
         counts = {
             "input": self.inputs.index(chunk.path),
             "read": read.record(),
-            "dropped": {"documents": len(lost), "characters": sum(len(d.text) for d in lost)},
+            "dropped": {
+                "documents": int(lost.sum()),
+                "characters": sum(len(documents[i].text) for i in np.flatnonzero(lost)),
+            },
         }
+        splits = []
         for number, split in enumerate(SPLITS):
-            texts = [d for d, side in zip(documents, validation, strict=True) if side == number]
-            counts[split] = {"documents": len(texts), "byte_counts": _count_bytes(texts).tolist()}
+            chosen = np.flatnonzero((validation == number) & ~lost)
+            chosen = chosen[np.argsort(keys[chosen], kind="stable")]
+            encoded = self.encoder.encode([documents[i] for i in chosen.tolist()])
+            splits.append(Documents(keys[chosen], encoded.lengths_D, encoded.tokens_N))
+            byte_counts = encoded.byte_counts.tolist()
+            counts[split] = {"documents": len(chosen), "byte_counts": byte_counts}
         self.work.mkdir(exist_ok=True)
-        write_part(
-            self.part(chunk.number),
-            Documents(keys, lengths, tokens),
-            np.array(validation, bool),
-            counts,
-            self._temporary,
-        )
+        write_part(self.part(chunk.number), splits, counts, self._temporary)
 
     def set_part_count(self, count: int) -> None:
         """State how many parts there are; only one rank does."""
@@ -227,9 +223,7 @@ class Steps:
 
         def counted() -> Iterable[packing.Packed]:
             for stretch in packing.shard_stretches(plan, self.parts, shard, pad):
-                for first in range(0, len(stretch.tokens_N), COUNTED_AT_ONCE):
-                    part = stretch.tokens_N[first : first + COUNTED_AT_ONCE]
-                    token_counts[:] += np.bincount(part, minlength=size)
+                token_counts[:] += count_values(stretch.tokens_N, size)
                 if stretch.lengths_R is not None:
                     room = len(stretch.lengths_R) * plan.context
                     token_counts[pad] -= room - int(stretch.lengths_R.sum())
@@ -310,14 +304,6 @@ class Steps:
 
     def _mark(self, plan: SplitPlan, shard: int) -> Path:
         return self.work / f"{plan.split}-{shard:05d}.json"
-
-
-def _count_bytes(documents: list[Document]) -> np.ndarray:
-    """How often each byte value occurs in the documents' text, (256,)."""
-    counts = np.zeros(256, np.int64)
-    for batch in batches(documents):
-        counts += count_bytes("".join([document.text for document in batch]).encode())
-    return counts
 
 
 def _write_array(array: np.ndarray, path: Path) -> None:

@@ -5,6 +5,7 @@ whatever signal, is seen at once by the other side. (The standard library's pool
 and hangs, now and then, when a process dies that was to read from it.)
 """
 
+import logging
 import multiprocessing
 import os
 import threading
@@ -96,6 +97,7 @@ class Workers:
 def _serve(pipe: Connection, job: Any, parent: int) -> None:
     """In a worker: do what comes through the pipe, on one thread, until its other end closes."""
     os.environ["RAYON_NUM_THREADS"] = "1"
+    logging.disable(logging.WARNING)  # the parent says it once
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     while True:
         try:

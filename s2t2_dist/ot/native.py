@@ -6,20 +6,14 @@ keep a row's iterates in cache. Where there is no C++ compiler, `passes.TorchPas
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
 from pathlib import Path
 
 import torch
 
+from s2t2_dist.compiled import load_compiled
 from s2t2_dist.ot.passes import State
 
 SOURCE = Path(__file__).with_name("native.cpp")
-FLAGS = "-std=c++17 -O3 -march=native -fopenmp-simd -fno-trapping-math -shared -fPIC -pthread"
 MASKED = 4  # iterations whose supports, 2 bits each, fit in a byte
 SUFFIXES = {torch.float32: "float32", torch.float64: "float64"}
 
@@ -98,44 +92,7 @@ def _as_c(argument: object):
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled passes; compiled and kept for later processes if need be."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        _log("no C++ compiler was found; set CXX")
-        return None
-    path = _cache_folder() / f"s2t2-native-{_machine_hash(compiler)}.so"
-    if not path.exists():
-        # Several ranks may compile at once: each renames a file of its own.
-        temporary = path.with_suffix(f".{os.getpid()}")
-        command = [compiler, *FLAGS.split(), str(SOURCE), "-o", str(temporary)]
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            temporary.replace(path)
-        except (OSError, subprocess.CalledProcessError) as error:
-            _log(getattr(error, "stderr", None) or str(error))
-            return None
-    return ctypes.CDLL(str(path))
-
-
-def _cache_folder() -> Path:
-    default = Path.home() / ".cache" / "torch_extensions"
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR", default)) / "s2t2_dist"
-
-
-def _machine_hash(compiler: str) -> str:
-    """What the compiled code depends on. Nodes of different kinds may share a home folder."""
-    parts = [SOURCE.read_text(), Path(__file__).read_text(), compiler, platform.machine()]
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        parts += [line for line in lines if line.startswith(("flags", "Features"))][:1]
-    except OSError:
-        pass
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-def _log(problem: str) -> None:
-    logging.getLogger(__name__).warning(
-        "the solver's passes could not be compiled, and torch's slower ones are used: %s",
-        problem.strip().splitlines()[-1],
+    """The compiled passes."""
+    return load_compiled(
+        SOURCE, "the solver's passes could not be compiled, and torch's slower ones are used"
     )
