@@ -13,7 +13,6 @@ import numpy as np
 
 from data_prep import packing
 from data_prep.encode import Encoder, count_values, spelled_bytes
-from data_prep.outputs import REQUEST
 from data_prep.packing import KEY_BITS, Packing, SplitPlan
 from data_prep.parts import Documents, part_path, read_counts, write_part
 from data_prep.readers import (
@@ -285,8 +284,12 @@ class Steps:
 
     def publish(self, target: Path) -> None:
         """Leave only what the manifest lists, and give the folder its name."""
-        shutil.rmtree(self.work, ignore_errors=True)
-        (self.partial / REQUEST).unlink(missing_ok=True)
+        listed = {name.split("/")[0] for name in artifacts.read_manifest(self.partial)["files"]}
+        for path in self.partial.iterdir():  # the work, and what killed processes left
+            if path.is_dir() and path.name not in listed:
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name not in {*listed, artifacts.MANIFEST, artifacts.COMPLETE}:
+                path.unlink(missing_ok=True)
         artifacts.publish(self.partial, target)
 
     def remove_temporaries(self) -> None:

@@ -22,6 +22,7 @@ from s2t2_dist.shards import SPLITS, ShardReader
 from tests import launching as runs
 
 PACKINGS = ("concatenate", "best-fit")
+ONE_STEP = {"kind": "translate", "max_steps": 1, "learning_rate": 0.01, **runs.STAGE}
 
 
 def rows_of(directory, split):
@@ -164,15 +165,35 @@ def test_source_code_comes_back_as_it_was(python_data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mask", [False, True])
-def test_a_model_adapts_to_source_code(python_data, source_model, tmp_path, mask):
-    data, _ = python_data
-    changes = {"data": {"path": str(data), "document_mask": mask, "verify": "full"}}
-    recipe = runs.write_recipe(tmp_path, source_model, data, **changes)
+def test_a_model_adapts_to_source_code(python_data, source_model, tmp_path):
+    recipe = runs.write_recipe(tmp_path, source_model, python_data[0])
     assert runs.train(recipe, 0) == 0, runs.output(recipe)
     losses = [line["eval_loss"] for line in runs.metrics(tmp_path / "run") if "eval_loss" in line]
     # A random model starts near log(600) = 6.4 nats.
     assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.slow
+def test_two_ranks_with_document_mask_resume_bit_for_bit(python_data, source_model, tmp_path):
+    data = {"path": str(python_data[0]), "document_mask": True, "verify": "full"}
+    whole, killed = (
+        runs.write_recipe(tmp_path / name, source_model, python_data[0], data=data)
+        for name in ("whole", "killed")
+    )
+    assert runs.train(whole, 2) == 0, runs.output(whole)
+    process = runs.start(killed, 2)
+    runs.wait_for_line(tmp_path / "killed" / "run", "finetune", 7, process)
+    runs.kill(process)
+    assert runs.train(killed, 2) == 0, runs.output(killed)
+    found = runs.losses(tmp_path / "whole" / "run")
+    assert found == runs.losses(tmp_path / "killed" / "run")
+    # The first evaluation is of a model that nothing trained yet: only the mask tells them apart.
+    plain = runs.write_recipe(tmp_path / "plain", source_model, python_data[0], stages=[ONE_STEP])
+    assert runs.train(plain, 0) == 0, runs.output(plain)
+    masked, unmasked = (
+        runs.metrics(tmp_path / name / "run")[0]["eval_loss"] for name in ("whole", "plain")
+    )
+    assert masked != pytest.approx(unmasked, rel=1e-6)
 
 
 @pytest.mark.slow
