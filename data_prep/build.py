@@ -20,7 +20,14 @@ from typing import Literal
 from data_prep.bpe import plain_bpe
 from data_prep.outputs import already_made, describe_sources, open_partial
 from data_prep.packing import SplitPlan
-from data_prep.sources import Chunk, OpenFile, detect_format, read_chunks, reading_progress
+from data_prep.sources import (
+    Chunk,
+    OpenFile,
+    detect_format,
+    progress_bar,
+    read_chunks,
+    reading_progress,
+)
 from data_prep.steps import BuildOptions, Steps, is_validation
 from data_prep.tokenizer import LoadedTokenizer, load_tokenizer
 from data_prep.workers import Workers
@@ -182,8 +189,10 @@ class _Build:
             for number, (plan, shard) in enumerate(shards)
             if self._is_mine(number) and (plan.split, shard) in missing
         ]
-        for _ in workers.map("pack", mine):
-            pass
+        with progress_bar() as progress:
+            packed = workers.map("pack", mine)
+            for _ in progress.track(packed, total=len(mine), description="Packing shards"):
+                pass
 
     def _is_mine(self, number: int) -> bool:
         return number % self.jobs.ranks == self.jobs.rank

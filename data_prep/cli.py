@@ -5,9 +5,8 @@ Commands import what they need when they run, so that `s2t2 --help` answers at o
 
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -28,41 +27,14 @@ Strict = Annotated[
 TextField = Annotated[str, typer.Option("--field", help="Of a JSON line, that holds the text.")]
 
 
-class KindChoice(StrEnum):
-    """Which library trains a tokenizer."""
-
-    bpe = "bpe"
-    sentencepiece = "sentencepiece"
-
-
-class AlgorithmChoice(StrEnum):
-    """How a vocabulary is found."""
-
-    bpe = "bpe"
-    unigram = "unigram"
-
-
 KindOption = Annotated[
-    KindChoice, typer.Option("--kind", help="Which library trains: tokenizers (BPE) or the other.")
+    Literal["bpe", "sentencepiece"],
+    typer.Option("--kind", help="Which library trains: tokenizers (BPE) or SentencePiece."),
 ]
 AlgorithmOption = Annotated[
-    AlgorithmChoice, typer.Option("--algorithm", help="Unigram only with --kind sentencepiece.")
+    Literal["bpe", "unigram"],
+    typer.Option("--algorithm", help="Unigram only with --kind sentencepiece."),
 ]
-
-
-class PackingChoice(StrEnum):
-    """How rows are filled."""
-
-    concatenate = "concatenate"
-    best_fit = "best-fit"
-
-
-class StepChoice(StrEnum):
-    """Steps of a build."""
-
-    encode = "encode"
-    pack = "pack"
-    seal = "seal"
 
 
 @tokenizer_app.command("train")
@@ -75,8 +47,8 @@ def tokenizer_train(
     sample: Annotated[
         int, typer.Option(min=1, max=2**31 - 1, help="Characters to train on (90 bytes each).")
     ] = 20_000_000,
-    kind: KindOption = KindChoice.bpe,
-    algorithm: AlgorithmOption = AlgorithmChoice.bpe,
+    kind: KindOption = "bpe",
+    algorithm: AlgorithmOption = "bpe",
     strict: Strict = False,
     field: TextField = "text",
 ):
@@ -90,7 +62,7 @@ def tokenizer_train(
     from data_prep.tokenizer import train_tokenizer
 
     read = ReadOptions(strict, field)
-    made = train_tokenizer(inputs, out, vocab_size, sample, read, kind.value, algorithm.value)
+    made = train_tokenizer(inputs, out, vocab_size, sample, read, kind, algorithm)
     _report(out, made)
 
 
@@ -124,8 +96,8 @@ def tokenizer_sweep(
     sizes: Annotated[
         str, typer.Option(help="Vocabulary sizes, with commas between them.")
     ] = "32,64,128,256,512,1024,2048,4096,8192",
-    kind: KindOption = KindChoice.bpe,
-    algorithm: AlgorithmOption = AlgorithmChoice.bpe,
+    kind: KindOption = "bpe",
+    algorithm: AlgorithmOption = "bpe",
     sample: Annotated[int, typer.Option(min=1, help="Characters to use.")] = 2_000_000,
     field: TextField = "text",
 ):
@@ -142,7 +114,7 @@ def tokenizer_sweep(
         raise typer.BadParameter(f"{sizes!r} is not a list of numbers like 128,512") from None
     read = ReadOptions(field=field)
     print(f"{'size':>7} {'characters/token':>17} {'not used':>9} {'longest':>8}")
-    for size, found in sweep(inputs, numbers, kind.value, algorithm.value, sample, read).items():
+    for size, found in sweep(inputs, numbers, kind, algorithm, sample, read).items():
         longest = len(found.texts[found.longest[0]])
         shown = f"{found.characters_per_token:>17.3f} {len(found.unused):>9} {longest:>8}"
         print(f"{size:>7} {shown}")
@@ -164,8 +136,9 @@ def data_build(
         int, typer.Option(min=0, max=2**31 - 1, help="Of the document order; not of the split.")
     ] = 0,
     packing: Annotated[
-        PackingChoice, typer.Option(help="End to end, or no document cut that fits into a row.")
-    ] = PackingChoice.concatenate,
+        Literal["concatenate", "best-fit"],
+        typer.Option(help="End to end, or no document cut that fits into a row."),
+    ] = "concatenate",
     drop_ids: Annotated[
         Path | None, typer.Option(help="File of ids to leave out, first on each line.")
     ] = None,
@@ -181,7 +154,8 @@ def data_build(
         int, typer.Option(envvar="WORLD_SIZE", min=1, help="How many share the work.")
     ] = 1,
     only: Annotated[
-        StepChoice | None, typer.Option(help="One step, for ranks that run at different times.")
+        Literal["encode", "pack", "seal"] | None,
+        typer.Option(help="One step, for ranks that run at different times."),
     ] = None,
 ):
     """Tokenize documents into Arrow shards of fixed-length rows, split into train and validation.
@@ -198,13 +172,13 @@ def data_build(
         validation_fraction,
         characters,
         seed,
-        packing.value,
+        packing,
         drop_ids,
         ReadOptions(strict, field),
     )
-    jobs = Jobs(workers or _own_cores(), rank, ranks, only and only.value)
+    jobs = Jobs(workers or _own_cores(), rank, ranks, only)
     made = build_shards(inputs, tokenizer, out, options, jobs)
-    if only in (None, StepChoice.seal) and rank == 0:
+    if only in (None, "seal") and rank == 0:
         _report(out, made)
 
 
@@ -278,7 +252,9 @@ def _spelled(found, tokens: list[int]) -> str:
 def _own_cores() -> int:
     """Cores that this process may use, shared with the other ranks of its machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    # What DeepSpeed's launcher and torchrun say.
+    here = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"
+    return max(1, (cores or 1) // int(here))
 
 
 def _report(out: Path, made: bool) -> None:

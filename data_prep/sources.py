@@ -12,12 +12,15 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import zstandard
 from isal import igzip, isal_zlib
 
 from s2t2_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 TEXT_FORMATS = {".jsonl": "jsonl", ".txt": "text"}
 COMPRESSED = (".gz", ".zst")
@@ -55,13 +58,20 @@ def open_binary(path: Path) -> BinaryIO:
 
 
 @contextmanager
-def reading_progress(doing: str) -> Iterator[OpenFile]:
-    """Yield an opener whose files move a progress bar on stderr, where stderr is a terminal."""
+def progress_bar() -> Iterator["Progress"]:
+    """A bar on stderr, where stderr is a terminal."""
     from rich.console import Console  # late: workers never need it
     from rich.progress import Progress
 
     console = Console(stderr=True)
     with Progress(console=console, disable=not sys.stderr.isatty(), transient=True) as progress:
+        yield progress
+
+
+@contextmanager
+def reading_progress(doing: str) -> Iterator[OpenFile]:
+    """Yield an opener whose files move a progress bar."""
+    with progress_bar() as progress:
         yield lambda path: progress.open(path, "rb", description=f"{doing} {path.name}")
 
 

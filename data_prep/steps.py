@@ -130,7 +130,7 @@ class Steps:
         ids = [document.id for document in documents]
         sides = id_hashes(ids, "split")
         keys = id_hashes(ids, f"order {self.options.seed}")
-        lost = np.isin(sides, self.dropped)
+        lost = self._is_dropped(sides)
         limit = self.options.validation_fraction * 2**KEY_BITS
         validation = np.array([side < limit for side in sides.tolist()], bool)
         counts = {
@@ -300,6 +300,12 @@ class Steps:
     def remove(self) -> None:
         """Remove everything that was made."""
         shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _is_dropped(self, sides: np.ndarray) -> np.ndarray:
+        if not len(self.dropped):
+            return np.zeros(len(sides), bool)
+        places = np.searchsorted(self.dropped, sides)
+        return self.dropped[np.minimum(places, len(self.dropped) - 1)] == sides
 
     @property
     def _temporary(self) -> str:
