@@ -1,98 +1,89 @@
-"""`s2t2 data build`: documents -> a sealed directory of Arrow shards that `ShardReader` reads."""
+"""`s2t2 data build`: documents -> a sealed directory of Arrow shards that `ShardReader` reads.
 
-import io
-import shutil
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+Three steps, each of them files that are there or not, so that a killed build goes on where it was
+and any number of processes on any number of machines can share the work:
+
+1. encode: the input, cut into chunks, becomes one part for each (`parts`);
+2. pack: the parts, merged in the order of the keys, become shards (`packing`);
+3. seal: the manifest, and one rename puts the directory in its place.
+
+Until then everything is in `.NAME.partial` beside the target. No byte of the result depends on how
+many processes took part.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
-
-from data_prep.encode import encode_documents
-from data_prep.outputs import already_made, describe_sources
-from data_prep.packing import KEY_BITS, RowWriter, Spill
-from data_prep.readers import Document, detect_format, id_hash, read_documents, reading_progress
+from data_prep.bpe import plain_bpe
+from data_prep.outputs import already_made, describe_sources, open_partial
+from data_prep.packing import SplitPlan
+from data_prep.sources import (
+    Chunk,
+    OpenFile,
+    detect_format,
+    progress_bar,
+    read_chunks,
+    reading_progress,
+)
+from data_prep.steps import BuildOptions, Steps, is_validation
 from data_prep.tokenizer import LoadedTokenizer, load_tokenizer
+from data_prep.workers import Workers
 from s2t2_dist import artifacts
-from s2t2_dist.errors import DataError
-from s2t2_dist.shards import (
-    KIND,
-    SPLITS,
-    TOKEN_BYTES,
-    TOKENIZER_DIR,
-    shard_schema,
-    token_dtype,
-)
+from s2t2_dist.errors import DataError, S2T2Error
+from s2t2_dist.shards import KIND, SPLITS
 
-# Files of a tokenizer; its folder may be a whole model, whose weights stay where they are.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
+__all__ = ["BuildOptions", "Jobs", "build_shards", "is_validation"]
+
+# How long a rank waits for the others while none of them writes anything.
+PATIENCE_SECONDS = 3600.0
+POLL_SECONDS = 0.2
+# Compressed bytes below which starting processes takes longer than the work.
+SMALL_INPUT = 2 << 20
+
+Step = Literal["encode", "pack", "seal"]
 
 
 @dataclass(frozen=True)
-class BuildOptions:
-    """How rows are made.
+class Jobs:
+    """Who does the work; changes no byte of the result.
 
     Attributes:
-        context: tokens per row.
-        validation_fraction: share of the documents, chosen by the hash of their ids.
-        characters: one token of the tokenizer for every character (the paper, section 3:
-            "training domain tokens are bytes").
-        seed: of the document order; the split does not depend on it.
+        workers: processes of this rank.
+        rank, ranks: which share of the work is done here. Ranks need a common file system.
+        only: do one step and stop; for ranks that do not run at the same time.
     """
 
-    context: int
-    validation_fraction: float = 0.01
-    characters: bool = False
-    seed: int = 0
+    workers: int = 1
+    rank: int = 0
+    ranks: int = 1
+    only: Step | None = None
 
     def __post_init__(self):
-        if self.context < 2:
-            raise DataError(f"a context of {self.context} is too short; 2 tokens are the least")
-        if not 0 < self.validation_fraction < 1:
-            raise DataError(
-                f"a validation fraction of {self.validation_fraction} is not between 0 and 1"
-            )
-
-
-@dataclass
-class SplitCount:
-    """Documents of a split, and how often each byte value occurs in their text."""
-
-    documents: int = 0
-    byte_counts: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
-
-    def add(self, text: bytes) -> None:
-        """Count one document."""
-        self.documents += 1
-        self.byte_counts += np.bincount(np.frombuffer(text, np.uint8), minlength=256)
-
-    def record(self) -> dict:
-        """For the manifest; the key of a byte's count is the character of that code."""
-        return {
-            "documents": self.documents,
-            "bytes": int(self.byte_counts.sum()),
-            "byte_counts": {chr(b): int(n) for b, n in enumerate(self.byte_counts) if n},
-        }
+        if not 0 <= self.rank < self.ranks:
+            raise DataError(f"rank {self.rank} is not one of {self.ranks}; they count from 0")
 
 
 def build_shards(
-    inputs: Sequence[Path], tokenizer_dir: Path, target: Path, options: BuildOptions
+    inputs: Sequence[Path],
+    tokenizer_dir: Path,
+    target: Path,
+    options: BuildOptions,
+    jobs: Jobs = Jobs(),
 ) -> bool:
     """Encode, split, order and pack documents into `target`, sealed with a manifest.
+
+    A build that was killed goes on. A mistake in the input removes what was made so far where one
+    rank does all of it; a full disk does not.
 
     Returns:
         False if `target` already holds exactly this.
 
     Raises:
         DataError: bad input, or a character that the tokenizer cannot encode.
-        ArtifactError: `target` exists and is something else.
+        ArtifactError: `target` exists and is something else, or an unfinished other build is there.
     """
     for path in inputs:
         detect_format(path)  # a wrong name is reported before gigabytes are hashed
@@ -100,28 +91,23 @@ def build_shards(
     request = _request(inputs, tokenizer, options)
     if already_made(target, request):
         return False
-    record = dict(request)
-    with artifacts.sealed_directory(target, record) as directory:
-        spill_dir = directory / "spill"
-        with reading_progress("Encoding") as open_file:
-            documents = read_documents(inputs, open_file)
-            spill, counts = _spill(documents, tokenizer, options, spill_dir)
-        token_bytes = np.array([len(text) for text in tokenizer.token_texts], np.int64)
-        packed = _pack(spill, directory, request, token_bytes)
-        shutil.rmtree(spill_dir)
-        record["splits"] = {split: counts[split].record() for split in SPLITS}
-        for split, held in record["splits"].items():
-            spelled = packed[split].pop("spelled_bytes")
-            assert spelled == held["bytes"], f"{split} spells {spelled} of {held['bytes']} bytes"
-            held.update(packed[split])
-        _copy_tokenizer(tokenizer_dir, directory / TOKENIZER_DIR)
-        _write_array(token_bytes, directory / TOKEN_BYTES)
+    partial = open_partial(target, request)
+    steps = Steps(tokenizer_dir, options, request, tuple(inputs), partial, jobs.rank)
+    if sum(path.stat().st_size for path in inputs) < SMALL_INPUT:
+        jobs = Jobs(1, jobs.rank, jobs.ranks, jobs.only)
+    plain_bpe(tokenizer.backend)  # compiled here, before every worker would do it
+    try:
+        _Build(steps, jobs, target).run()
+    except DataError:
+        if jobs.ranks == 1:
+            steps.remove()
+        raise
+    except OSError as error:
+        problem = artifacts.disk_error(error, f"building {target}")
+        if problem is None:
+            raise
+        raise S2T2Error(f"{problem}; what is done stays in {partial}") from None
     return True
-
-
-def is_validation(identifier: str, fraction: float) -> bool:
-    """Which split a document belongs to: a function of its id alone."""
-    return id_hash(identifier, "split") < fraction * 2**KEY_BITS
 
 
 def _request(inputs: Sequence[Path], tokenizer: LoadedTokenizer, options: BuildOptions) -> dict:
@@ -134,68 +120,98 @@ def _request(inputs: Sequence[Path], tokenizer: LoadedTokenizer, options: BuildO
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         "context": options.context,
+        "packing": options.packing,
         "characters": options.characters,
         "validation_fraction": options.validation_fraction,
         "seed": options.seed,
+        "strict": options.read.strict,
+        "field": options.read.field,
+        "dropped_ids": describe_sources([options.drop_ids])[0] if options.drop_ids else None,
     }
 
 
-def _spill(
-    documents: Iterable[Document],
-    tokenizer: LoadedTokenizer,
-    options: BuildOptions,
-    directory: Path,
-) -> tuple[Spill, dict[str, SplitCount]]:
-    """First pass: encode every document and write it to its bucket."""
-    counts = {split: SplitCount() for split in SPLITS}
-    with Spill(directory, token_dtype(tokenizer.vocab_size)) as spill:
-        for document in encode_documents(documents, tokenizer, options.characters):
-            group = int(is_validation(document.id, options.validation_fraction))
-            key = id_hash(document.id, f"order {options.seed}")
-            spill.add(key, group, document.tokens)
-            counts[SPLITS[group]].add(document.text)
-    for split, count in counts.items():
-        if not count.documents:
-            raise DataError(
-                f"none of the {sum(c.documents for c in counts.values())} documents falls into "
-                f"{split} at a validation fraction of {options.validation_fraction}; give more "
-                "data or another fraction"
-            )
-    return spill, counts
+class _Build:
+    """One rank's share of a build."""
 
+    def __init__(self, steps: Steps, jobs: Jobs, target: Path):
+        self.steps, self.jobs, self.target = steps, jobs, target
 
-def _pack(spill: Spill, directory: Path, request: dict, token_bytes: np.ndarray) -> dict[str, dict]:
-    """Second pass: write the rows of each split; returns what was written, by split."""
-    schema = shard_schema(request["context"], request["vocab_size"], request)
-    spelled = [0 for _ in SPLITS]
-    with ExitStack() as stack:
-        writers = [
-            stack.enter_context(RowWriter(directory / split, schema, request["pad_token_id"]))
+    def run(self) -> None:
+        """Do the steps; several ranks wait between them until all have done theirs."""
+        only, steps = self.jobs.only, self.steps
+        if self.jobs.ranks == 1:
+            steps.remove_temporaries()
+        if not artifacts.is_complete(steps.partial):
+            with Workers(self.jobs.workers, steps) as workers:
+                if only in (None, "encode"):
+                    self._encode(workers)
+                if only == "encode":
+                    return
+                self._wait(steps.missing_parts, "encode")
+                plans = self._plan(workers)
+                if only in (None, "pack"):
+                    self._pack(workers, plans)
+            if only == "pack" or self.jobs.rank != 0:
+                return
+            self._wait(lambda: steps.missing_shards(plans), "pack")
+            steps.seal(plans)
+        steps.publish(self.target)
+
+    def _encode(self, workers: Workers) -> None:
+        if self.steps.missing_parts() == []:
+            return
+        with reading_progress("Encoding") as open_file:
+            for _ in workers.map("encode", self._own_chunks(open_file)):
+                pass
+
+    def _own_chunks(self, open_file: OpenFile) -> Iterator[tuple[Chunk]]:
+        """The chunks of this rank that have no part yet."""
+        count = 0
+        for chunk in read_chunks(self.steps.inputs, None, open_file):
+            count += 1
+            if self._is_mine(chunk.number) and not self.steps.part(chunk.number).exists():
+                yield (chunk,)
+        if self.jobs.rank == 0:
+            self.steps.set_part_count(count)
+
+    def _plan(self, workers: Workers) -> list[SplitPlan]:
+        self.steps.check_counts()
+        return [
+            self.steps.plan(split, lambda windows: workers.map("window_rows", windows))
             for split in SPLITS
         ]
-        for group, tokens in spill.read():
-            writers[group].add(tokens)
-            spelled[group] += int(token_bytes[tokens].sum())
-    return {
-        split: {
-            "rows": sum(shard["rows"] for shard in writer.shards),
-            "tokens": writer.tokens,
-            "shards": writer.shards,
-            "spelled_bytes": count,
-        }
-        for split, writer, count in zip(SPLITS, writers, spelled, strict=True)
-    }
 
+    def _pack(self, workers: Workers, plans: list[SplitPlan]) -> None:
+        shards = [(plan, shard) for plan in plans for shard in range(plan.shards)]
+        missing = {(plan.split, shard) for plan, shard in self.steps.missing_shards(plans)}
+        mine = [
+            (plan, shard)
+            for number, (plan, shard) in enumerate(shards)
+            if self._is_mine(number) and (plan.split, shard) in missing
+        ]
+        with progress_bar() as progress:
+            packed = workers.map("pack", mine)
+            for _ in progress.track(packed, total=len(mine), description="Packing shards"):
+                pass
 
-def _write_array(array: np.ndarray, path: Path) -> None:
-    """Through memory: `np.save` into a file reports a full disk without its errno."""
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    path.write_bytes(buffer.getvalue())
+    def _is_mine(self, number: int) -> bool:
+        return number % self.jobs.ranks == self.jobs.rank
 
+    def _wait(self, missing: Callable[[], list | None], step: Step) -> None:
+        """Return when nothing is missing; others may be at it.
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    target.mkdir()
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+        Raises:
+            S2T2Error: nobody is, or none of them writes anything any more.
+        """
+        waiting = self.jobs.ranks > 1 and self.jobs.only is None
+        last, since = None, time.monotonic()
+        while (left := missing()) != []:
+            if left != last:
+                last, since = left, time.monotonic()
+            if not waiting or time.monotonic() - since > PATIENCE_SECONDS:
+                what = "nobody knows how much of" if left is None else f"{len(left)} files of"
+                raise S2T2Error(
+                    f"{what} the step {step} is missing in {self.steps.partial}; run that step of "
+                    f"every rank (of {self.jobs.ranks}) and then this one again"
+                )
+            time.sleep(POLL_SECONDS)

@@ -1,18 +1,25 @@
 """What both commands share: naming their inputs, and not making the same thing twice."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_prep.release import release_of
 from s2t2_dist import artifacts
 from s2t2_dist.errors import ArtifactError
 
+REQUEST = "request.json"
+
 
 def describe_sources(paths: Sequence[Path]) -> list[dict]:
-    """Name, size and sha256 of each input file, for the manifest."""
-    return [
-        {"name": path.name, "bytes": path.stat().st_size, "sha256": artifacts.sha256_file(path)}
-        for path in paths
-    ]
+    """Name, size and sha256 of each input file, and its release if that was checked."""
+    described = []
+    for path in paths:
+        sha256 = artifacts.sha256_file(path)
+        entry = {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256}
+        release = release_of(path, sha256)
+        described.append({**entry, "release": release} if release else entry)
+    return described
 
 
 def already_made(target: Path, request: dict) -> bool:
@@ -30,3 +37,32 @@ def already_made(target: Path, request: dict) -> bool:
             f"{target} was made with another {', '.join(differing)}; choose another folder"
         )
     return True
+
+
+def open_partial(target: Path, request: dict) -> Path:
+    """The folder beside `target` in which it is made, by any number of processes; makes it.
+
+    Raises:
+        ArtifactError: it holds an unfinished result of another request.
+    """
+    partial = target.parent / f".{target.name}.partial"
+    partial.mkdir(parents=True, exist_ok=True)
+    stated = partial / REQUEST
+    sealed = artifacts.is_complete(partial)  # all that is missing is its name
+    if not (sealed or stated.exists()):
+        own = partial / f"{REQUEST}.{os.uname().nodename}-{os.getpid()}"
+        artifacts.write_json(own, request)
+        try:
+            os.link(own, stated)  # fails where another process was first, unlike a rename
+        except FileExistsError:
+            pass
+        finally:
+            own.unlink()
+    found = artifacts.read_manifest(partial) if sealed else artifacts.read_json(stated)
+    differing = [key for key, value in request.items() if found.get(key) != value]
+    if differing:
+        raise ArtifactError(
+            f"{partial} holds an unfinished build with another {', '.join(differing)}; finish it, "
+            "remove it, or choose another folder"
+        )
+    return partial

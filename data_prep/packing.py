@@ -1,145 +1,245 @@
-"""Token ids -> hash-ordered rows in Arrow files: an external bucket sort, then packing.
+"""Documents in the order of their keys -> rows of one length, in shards that are made in any order.
 
-Spilling puts every document into a bucket by the high bits of its key; reading sorts one bucket at
-a time. Buckets are key ranges, so documents come back in the global key order whatever the order
-they came in (UniRef is sorted by length), and memory holds one bucket.
+The keys are cut into windows; a window is what memory holds. Where each window's tokens fall in
+the split is known before a token is packed, so every shard is a job of its own, and its bytes do
+not depend on which process makes it, nor on how the input was cut into parts.
+
+Ways to pack: `concatenate` lays the documents end to end and cuts every `context` tokens; only the
+split's last row is short. `best-fit` cuts only documents that are longer than a row and fills each
+row with pieces that fit (Ding et al. 2024, "Fewer truncations improve language modeling"), window
+by window; rows end with padding.
+
+Index letters: D documents of a window, R rows, N tokens of a window including padding.
 """
 
-import struct
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from data_prep.parts import read_lengths, read_range, tokens_before
 from s2t2_dist.shards import ROWS_PER_BATCH, ROWS_PER_SHARD
 
-BUCKET_BITS = 6
 KEY_BITS = 64
-ENTRY = struct.Struct("<QII")
-ENTRY_DTYPE = np.dtype([("key", "<u8"), ("length", "<u4"), ("group", "<u4")])
+# Tokens of a window, about: 32 or 64 MB.
+WINDOW_TOKENS = 1 << 24
+
+Packing = Literal["concatenate", "best-fit"]
 
 
-class Spill:
-    """Documents on disk, written in any order and read back by ascending 64-bit key.
-
-    Equal keys keep the order in which they were written. Use as a context manager while writing.
-
-    Args:
-        directory: made here; the caller removes it.
-    """
-
-    def __init__(self, directory: Path, dtype: np.dtype):
-        self._directory, self._dtype = directory, dtype
-        self._stack = ExitStack()
-        directory.mkdir()
-        buckets = range(1 << BUCKET_BITS)
-        self._tokens = [self._stack.enter_context(self._tokens_path(b).open("wb")) for b in buckets]
-        self._index = [self._stack.enter_context(self._index_path(b).open("wb")) for b in buckets]
-
-    def __enter__(self) -> "Spill":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
-
-    def add(self, key: int, group: int, tokens: np.ndarray) -> None:
-        """Write one document; `group` is given back with it."""
-        assert tokens.dtype == self._dtype
-        bucket = key >> (KEY_BITS - BUCKET_BITS)
-        self._tokens[bucket].write(tokens.tobytes())
-        self._index[bucket].write(ENTRY.pack(key, len(tokens), group))
-
-    def read(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(group, tokens) of every document, by ascending key."""
-        for bucket in range(1 << BUCKET_BITS):
-            tokens = np.fromfile(self._tokens_path(bucket), self._dtype)
-            index = np.fromfile(self._index_path(bucket), ENTRY_DTYPE)
-            ends = np.cumsum(index["length"], dtype=np.int64)
-            for i in np.argsort(index["key"], kind="stable"):
-                entry = index[i]
-                yield int(entry["group"]), tokens[ends[i] - entry["length"] : ends[i]]
-
-    def _tokens_path(self, bucket: int) -> Path:
-        return self._directory / f"{bucket:02d}.tokens"
-
-    def _index_path(self, bucket: int) -> Path:
-        return self._directory / f"{bucket:02d}.index"
-
-
-class RowWriter:
-    """Packs documents end to end into rows and rows into shards; nothing is dropped.
-
-    Args:
-        directory: of the split; made here.
-        schema: `s2t2_dist.data.shard_schema`.
-        pad_token_id: fills the last row.
+class Packed(NamedTuple):
+    """A stretch of a split's rows.
 
     Attributes:
-        tokens: written so far, without padding.
-        shards: file (relative to the parent of `directory`) and rows of each shard.
+        tokens_N: rows end to end; the stretch may begin or end inside a row.
+        starts_D: positions in it at which a document starts, ascending.
+        lengths_R: valid tokens of its rows; None where all are full.
     """
 
-    def __init__(self, directory: Path, schema: pa.Schema, pad_token_id: int):
-        directory.mkdir()
-        self._directory, self._schema, self._pad = directory, schema, pad_token_id
+    tokens_N: np.ndarray
+    starts_D: np.ndarray
+    lengths_R: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """Where the windows of a split fall.
+
+    Attributes:
+        edges: keys between which window w lies, from edges[w] to edges[w + 1], as Python integers.
+        positions: tokens, padding of whole rows included, before window w; one more than windows.
+        tokens: of all documents.
+    """
+
+    split: str
+    context: int
+    packing: Packing
+    edges: list[int]
+    positions: np.ndarray
+    tokens: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the split."""
+        return -(-int(self.positions[-1]) // self.context)
+
+    @property
+    def shards(self) -> int:
+        """Shard files of the split."""
+        return -(-self.rows // ROWS_PER_SHARD)
+
+    def shard_rows(self, shard: int) -> tuple[int, int]:
+        """The first row of a shard, and the first after it."""
+        return shard * ROWS_PER_SHARD, min((shard + 1) * ROWS_PER_SHARD, self.rows)
+
+
+def plan_split(
+    parts: Sequence[Path],
+    split: str,
+    context: int,
+    packing: Packing,
+    map_windows: Callable[[list[tuple]], Iterable[int]],
+) -> SplitPlan:
+    """Lay a split out from the parts' indexes; no token is read.
+
+    Args:
+        map_windows: `window_rows` over a list of its arguments, in their order.
+    """
+    nothing = np.empty(0, np.uint64)
+    total = sum(int(tokens_before(part, split, nothing)[-1]) for part in parts)
+    bits = max(0, (total // WINDOW_TOKENS).bit_length())
+    edges = [window << (KEY_BITS - bits) for window in range((1 << bits) + 1)]
+    if packing == "concatenate":
+        below = np.array(edges[:-1], np.uint64)
+        positions = sum(tokens_before(part, split, below) for part in parts)
+    else:
+        rows = map_windows([(split, low, high) for low, high in pairwise(edges)])
+        positions = np.cumsum([0, *rows]) * context
+    return SplitPlan(split, context, packing, edges, positions, total)
+
+
+def window_rows(parts: Sequence[Path], split: str, low: int, high: int, context: int) -> int:
+    """Rows that best-fit makes of the documents with keys in [low, high)."""
+    return len(best_fit(read_lengths(parts, split, low, high).tolist(), context))
+
+
+def best_fit(lengths: Sequence[int], context: int) -> list[list[tuple[int, int, int]]]:
+    """Rows of pieces (document, first token, end), no row longer than `context`.
+
+    Documents are cut only where they are longer than a row. The longest piece is placed first,
+    each into the fullest row that has room for it. Rows come by their first document.
+    """
+    pieces = [
+        (document, first, min(first + context, length))
+        for document, length in enumerate(lengths)
+        for first in range(0, length, context)
+    ]
+    pieces.sort(key=lambda piece: piece[1] - piece[2])
+    rows: list[list[tuple[int, int, int]]] = []
+    with_room: list[list[int]] = [[] for _ in range(context + 1)]
+    rooms = 0  # bit r: some row has room for r tokens
+    for piece in pieces:
+        length = piece[2] - piece[1]
+        enough = rooms >> length
+        if enough:
+            room = length + (enough & -enough).bit_length() - 1
+            row = with_room[room].pop()
+            if not with_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, row = context, len(rows)
+            rows.append([])
+        rows[row].append(piece)
+        left = room - length
+        if left:
+            with_room[left].append(row)
+            rooms |= 1 << left
+    return sorted(sorted(row) for row in rows)
+
+
+def shard_stretches(
+    plan: SplitPlan, parts: Sequence[Path], shard: int, pad_token_id: int
+) -> Iterator[Packed]:
+    """What a shard holds, window by window."""
+    first, end = (row * plan.context for row in plan.shard_rows(shard))
+    window = int(np.searchsorted(plan.positions, first, side="right")) - 1
+    while window < len(plan.edges) - 1 and plan.positions[window] < end:
+        low = int(plan.positions[window])
+        packed = _pack_window(plan, parts, window, pad_token_id)
+        yield _clip(packed, max(first - low, 0), end - low, plan.context)
+        window += 1
+
+
+def _pack_window(plan: SplitPlan, parts: Sequence[Path], window: int, pad_token_id: int) -> Packed:
+    documents = read_range(parts, plan.split, plan.edges[window], plan.edges[window + 1])
+    starts_D = np.cumsum(documents.lengths_D) - documents.lengths_D
+    if plan.packing == "concatenate":
+        return Packed(documents.tokens_N, starts_D, None)
+    rows = best_fit(documents.lengths_D.tolist(), plan.context)
+    tokens_N = np.full(len(rows) * plan.context, pad_token_id, documents.tokens_N.dtype)
+    starts, lengths = [], []
+    for number, row in enumerate(rows):
+        begin = at = number * plan.context
+        for document, first, end in row:
+            source = int(starts_D[document])
+            tokens_N[at : at + end - first] = documents.tokens_N[source + first : source + end]
+            starts += [at] * (first == 0)
+            at += end - first
+        lengths.append(at - begin)
+    return Packed(tokens_N, np.array(starts, np.int64), np.array(lengths, np.int32))
+
+
+def _clip(packed: Packed, first: int, end: int, context: int) -> Packed:
+    """The stretch between two positions; both are edges of rows where `lengths_R` is given."""
+    starts_D, lengths_R = packed.starts_D, packed.lengths_R
+    starts_D = starts_D[(starts_D >= first) & (starts_D < end)] - first
+    if lengths_R is not None:
+        lengths_R = lengths_R[first // context : end // context]
+    return Packed(packed.tokens_N[first:end], starts_D, lengths_R)
+
+
+def write_shard(
+    path: Path, schema: pa.Schema, stretches: Iterable[Packed], pad_token_id: int
+) -> None:
+    """Write stretches, which together begin with a row, as an Arrow file of equal batches."""
+    with path.open("wb") as sink, pa.ipc.new_file(sink, schema) as file:
+        batch = _Batch(file, schema, pad_token_id)
+        for stretch in stretches:
+            batch.add(stretch)
+        batch.flush()
+
+
+class _Batch:
+    """The rows of the record batch that is being filled."""
+
+    def __init__(self, file: pa.RecordBatchFileWriter, schema: pa.Schema, pad_token_id: int):
+        self._file, self._schema, self._pad = file, schema, pad_token_id
         tokens_type = schema.field("tokens").type
         self._context = tokens_type.list_size
         dtype = tokens_type.value_type.to_pandas_dtype()
-        self._buffer = np.empty(ROWS_PER_BATCH * self._context, dtype)
+        self._tokens = np.empty(ROWS_PER_BATCH * self._context, dtype)
+        self._lengths = np.full(ROWS_PER_BATCH, self._context, np.int32)
+        self._starts: list[np.ndarray] = []
         self._fill = 0
-        self._starts: list[int] = []
-        self._stack = ExitStack()
-        self._file: pa.RecordBatchFileWriter | None = None
-        self.tokens = 0
-        self.shards: list[dict] = []
 
-    def __enter__(self) -> "RowWriter":
-        return self
+    def add(self, stretch: Packed) -> None:
+        """Append a stretch, writing every batch that it fills."""
+        position = 0
+        while position < len(stretch.tokens_N):
+            size = min(len(self._tokens) - self._fill, len(stretch.tokens_N) - position)
+            part = _clip(stretch, position, position + size, self._context)
+            self._tokens[self._fill : self._fill + size] = part.tokens_N
+            self._starts.append(part.starts_D + self._fill)
+            if part.lengths_R is not None:
+                row = self._fill // self._context
+                self._lengths[row : row + len(part.lengths_R)] = part.lengths_R
+            self._fill += size
+            position += size
+            if self._fill == len(self._tokens):
+                self.flush()
 
-    def __exit__(self, kind: type | None, *exception: object) -> None:
-        if kind is None and self._fill:
-            self._flush()
-        self._stack.close()
-
-    def add(self, tokens: np.ndarray) -> None:
-        """Append one document, its end token included."""
-        self._starts.append(self._fill)
-        self.tokens += len(tokens)
-        while len(tokens):
-            part = tokens[: len(self._buffer) - self._fill]
-            self._buffer[self._fill : self._fill + len(part)] = part
-            self._fill += len(part)
-            tokens = tokens[len(part) :]
-            if self._fill == len(self._buffer):
-                self._flush()
-
-    def _flush(self) -> None:
-        """Write what is in the buffer as one record batch."""
+    def flush(self) -> None:
+        """Write what is there, the last row padded, as one record batch."""
+        if not self._fill:
+            return
         rows = -(-self._fill // self._context)
-        self._buffer[self._fill : rows * self._context] = self._pad
-        lengths = np.full(rows, self._context, np.int32)
-        lengths[-1] = self._fill - (rows - 1) * self._context
-        starts = np.array(self._starts, np.int64)
+        self._tokens[self._fill : rows * self._context] = self._pad
+        if self._fill % self._context:
+            self._lengths[rows - 1] = self._fill % self._context
+        starts = np.concatenate(self._starts)
         offsets = np.searchsorted(starts, np.arange(rows + 1) * self._context).astype(np.int32)
-        tokens = pa.array(self._buffer[: rows * self._context])
-        positions = pa.array((starts % self._context).astype(np.int32))
+        tokens = pa.array(self._tokens[: rows * self._context])
         columns = [
             pa.FixedSizeListArray.from_arrays(tokens, self._context),
-            pa.array(lengths),
-            pa.ListArray.from_arrays(pa.array(offsets), positions),
+            pa.array(self._lengths[:rows]),
+            pa.ListArray.from_arrays(
+                pa.array(offsets), pa.array((starts % self._context).astype(np.int32))
+            ),
         ]
-        self._shard_file().write_batch(pa.record_batch(columns, schema=self._schema))
-        self.shards[-1]["rows"] += rows
-        self._fill, self._starts = 0, []
-
-    def _shard_file(self) -> pa.RecordBatchFileWriter:
-        """The open shard, or the next one when it is full."""
-        if self._file is None or self.shards[-1]["rows"] == ROWS_PER_SHARD:
-            self._stack.close()
-            path = self._directory / f"shard-{len(self.shards):05d}.arrow"
-            sink = self._stack.enter_context(path.open("wb"))
-            self._file = self._stack.enter_context(pa.ipc.new_file(sink, self._schema))
-            self.shards.append({"file": f"{self._directory.name}/{path.name}", "rows": 0})
-        return self._file
+        self._file.write_batch(pa.record_batch(columns, schema=self._schema))
+        self._lengths[:] = self._context
+        self._starts, self._fill = [], 0

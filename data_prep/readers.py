@@ -1,35 +1,28 @@
-"""Streaming readers: FASTA, JSON lines and plain text, gzipped or not, into documents.
+"""FASTA, JSON lines and plain text into documents, with a count of all that was not kept as it was.
 
 A document is an id and a text. The id alone decides the split, the sample and the order, so it
 must be stable: the first word of a FASTA header, the field `id` of a JSON line, or the sha256 of
 the text where there is no name.
 """
 
-import gzip
 import hashlib
 import json
-import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
+from data_prep.sources import Chunk, OpenFile, open_binary, read_chunks
 from s2t2_dist.errors import DataError
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 RARE_RESIDUES = "XBZUOJ"
 
 LETTERS = (RESIDUES + RARE_RESIDUES).encode()
-TEXT_FORMATS = {".jsonl": "jsonl", ".txt": "text"}
-GZIP_MAGIC = b"\x1f\x8b"
-PEEK_BYTES = 1 << 16
-
-OpenFile = Callable[[Path], BinaryIO]
+SHOWN_PLACES = 10
 
 
 class Document(NamedTuple):
@@ -39,167 +32,242 @@ class Document(NamedTuple):
     text: str
 
 
-def open_binary(path: Path) -> BinaryIO:
-    """Open a file for reading bytes, unbuffered by anything of ours."""
-    return path.open("rb")
+@dataclass(frozen=True)
+class ReadOptions:
+    """How files are read.
+
+    Attributes:
+        strict: refuse what is otherwise left out and counted: bytes of a FASTA that are no amino
+            acid letter, empty documents, records without an id.
+        field: of a JSON line, that holds the text.
+    """
+
+    strict: bool = False
+    field: str = "text"
 
 
-@contextmanager
-def reading_progress(doing: str) -> Iterator[OpenFile]:
-    """Yield an opener whose files move a progress bar on stderr, where stderr is a terminal."""
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not sys.stderr.isatty(), transient=True) as progress:
-        yield lambda path: progress.open(path, "rb", description=f"{doing} {path.name}")
+@dataclass
+class ReadCounts:
+    """What was read.
+
+    Attributes:
+        documents, characters: that were kept.
+        empty: documents without text, left out.
+        unnamed: FASTA records without an id, kept under the hash of their sequence.
+        stops: `*` at the end of a sequence, left out.
+        lower_case: letters read as upper case.
+        illegal: how often each byte that is no amino acid letter was left out of a sequence.
+        places: the first files and lines that hold one.
+    """
+
+    documents: int = 0
+    characters: int = 0
+    empty: int = 0
+    unnamed: int = 0
+    stops: int = 0
+    lower_case: int = 0
+    illegal: Counter = field(default_factory=Counter)
+    places: list[str] = field(default_factory=list)
+
+    def add(self, other: "ReadCounts") -> None:
+        """Add the counts of what comes next in the files."""
+        for name in ("documents", "characters", "empty", "unnamed", "stops", "lower_case"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.illegal.update(other.illegal)
+        self.places = (self.places + other.places)[:SHOWN_PLACES]
+
+    @classmethod
+    def of(cls, record: dict) -> "ReadCounts":
+        """The counts that `record` gave."""
+        return cls(**{**record, "illegal": Counter(record.get("illegal", {}))})
+
+    def record(self) -> dict:
+        """For the manifest."""
+        return {**asdict(self), "illegal": dict(sorted(self.illegal.items()))}
+
+    def summary(self) -> str:
+        """One line on what was changed or left out; empty if nothing was."""
+        shown = ", ".join(f"{byte} {count:,}" for byte, count in sorted(self.illegal.items()))
+        parts = [
+            f"{self.illegal.total():,} bytes that are no amino acid letter left out ({shown}; "
+            f"{', '.join(self.places)}{' ...' * (len(self.places) == SHOWN_PLACES)})"
+            * bool(self.illegal),
+            f"{self.empty:,} empty documents left out" * bool(self.empty),
+            f"{self.unnamed:,} records without an id" * bool(self.unnamed),
+            f"{self.stops:,} stops '*' left out" * bool(self.stops),
+            f"{self.lower_case:,} lower-case letters read as upper case" * bool(self.lower_case),
+        ]
+        return "; ".join(filter(None, parts))
+
+
+DEFAULT_READ = ReadOptions()
 
 
 def id_hash(identifier: str, purpose: str) -> int:
     """A 64-bit hash of a document's id; each purpose has its own, independent of the others."""
-    person = purpose.encode()
-    digest = hashlib.blake2b(identifier.encode(), digest_size=8, person=person).digest()
-    return int.from_bytes(digest, "little")
+    return int(id_hashes([identifier], purpose)[0])
 
 
-def read_documents(paths: Iterable[Path], open_file: OpenFile = open_binary) -> Iterator[Document]:
-    """Every document of the files, in file order; memory holds one document at a time.
+def id_hashes(identifiers: Iterable[str], purpose: str) -> np.ndarray:
+    """`id_hash` of many ids, uint64."""
+    start = hashlib.blake2b(digest_size=8, person=purpose.encode())
+    digests = bytearray()
+    for identifier in identifiers:
+        state = start.copy()
+        state.update(identifier.encode())
+        digests += state.digest()
+    return np.frombuffer(bytes(digests), "<u8")
+
+
+def read_documents(
+    paths: Sequence[Path],
+    options: ReadOptions = DEFAULT_READ,
+    counts: ReadCounts | None = None,
+    open_file: OpenFile = open_binary,
+    chunk_size: int | None = None,
+) -> Iterator[Document]:
+    """Every document of the files, in file order; memory holds one chunk of them.
 
     Args:
+        counts: what was read is added to it.
         open_file: how a file is opened (`reading_progress` gives one that shows how far it is).
+        chunk_size: in bytes; changes nothing but memory and speed.
 
     Raises:
-        DataError: a file is missing, empty, cut, of an unknown format or holds a bad document;
-            the message names the file and the line.
+        DataError: a file is missing, cut, of an unknown format, holds no document, or holds a bad
+            one; the message names the file and the line.
     """
-    parse = {"fasta": _parse_fasta, "jsonl": _parse_jsonl, "text": _parse_text}
+    counts = ReadCounts() if counts is None else counts
+    held = Counter()
+    for chunk in read_chunks(paths, chunk_size, open_file):
+        documents, found = parse_chunk(chunk, options)
+        counts.add(found)
+        held[chunk.path] += len(documents)
+        yield from documents
+    require_documents(paths, held)
+
+
+def require_documents(paths: Sequence[Path], held: dict[Path, int]) -> None:
+    """Refuse a file of which nothing was kept.
+
+    Raises:
+        DataError: names the first one.
+    """
     for path in paths:
-        kind = detect_format(path)
-        count = 0
-        with open_file(path) as raw:
-            for document in parse[kind](path, _lines(path, raw)):
-                yield document
-                count += 1
-        if count == 0:
-            raise DataError(f"{path} holds no {'record' if kind == 'fasta' else 'document'}")
+        if not held[path]:
+            raise DataError(f"{path} holds no document (no residue, or no text)")
 
 
-def detect_format(path: Path) -> str:
-    """`jsonl` or `text` by the file's name; any other file must be a FASTA by its first character.
+def parse_chunk(chunk: Chunk, options: ReadOptions) -> tuple[list[Document], ReadCounts]:
+    """The documents of a chunk.
 
     Raises:
-        DataError: the file is missing or empty, or is none of the three.
+        DataError: a bad document; names the file and the line.
     """
-    if not path.is_file():
-        what = "is not a file" if path.exists() else "does not exist"
-        raise DataError(f"{path} {what}; give a FASTA, .jsonl or .txt file, gzipped or not")
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
-    if suffixes and suffixes[-1] in TEXT_FORMATS:
-        return TEXT_FORMATS[suffixes[-1]]
-    with path.open("rb") as raw, _gzip_errors(path):
-        first = _unzipped(raw).read(PEEK_BYTES).lstrip()
-    if not first:
-        raise DataError(f"{path} is empty")
-    if not first.startswith(b">"):
-        shown = first[:20].decode("ascii", "replace")
-        raise DataError(
-            f"{path} is not a FASTA: it starts with {shown!r}, not with '>' (text files are named "
-            ".jsonl or .txt)"
-        )
-    return "fasta"
+    counts = ReadCounts()
+    parse = {"fasta": _parse_fasta, "jsonl": _parse_jsonl, "text": _parse_text}[chunk.kind]
+    documents = parse(chunk, options, counts)
+    counts.documents = len(documents)
+    counts.characters = sum([len(document.text) for document in documents])
+    return documents, counts
 
 
-def _unzipped(raw: BinaryIO) -> BinaryIO:
-    """The file itself, or what it holds if it is gzip (of any number of members)."""
-    magic = raw.read(2)
-    raw.seek(0)
-    return gzip.GzipFile(fileobj=raw) if magic == GZIP_MAGIC else raw
+def _parse_fasta(chunk: Chunk, options: ReadOptions, counts: ReadCounts) -> list[Document]:
+    data, documents = chunk.data, []
+    if b"\r" in data:
+        data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    position = len(data) - len(data.lstrip()) if chunk.line == 1 else 0
+    assert data[position : position + 1] in (b">", b""), "a chunk starts with a record"
+    for record in data[position + 1 :].split(b"\n>") if data[position:] else []:
+        header, _, body = record.partition(b"\n")
+        cased = body.translate(None, b"\n")
+        sequence = cased.upper()
+        name = header.split(maxsplit=1)[0].decode("utf-8", "replace") if header.strip() else ""
+        if sequence.translate(None, LETTERS) or not (sequence and name):
+            line = chunk.line + data.count(b"\n", 0, position)
+            sequence = _unusual(chunk.path, line, name, body, options, counts)
+        if cased != sequence:
+            counts.lower_case += len(cased) - len(cased.translate(None, LETTERS.lower()))
+        if sequence:
+            text = sequence.decode("ascii")
+            documents.append(Document(name or _text_id(text), text))
+        position += len(record) + 2
+    return documents
 
 
-@contextmanager
-def _gzip_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(
-            f"{path} is a truncated or damaged gzip file ({error}); fetch it again"
-        ) from None
-
-
-def _lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file, unzipped, without their line ends."""
-    with _gzip_errors(path):
-        for line in _unzipped(raw):
-            yield line.rstrip(b"\r\n")
-
-
-def _parse_fasta(path: Path, lines: Iterator[bytes]) -> Iterator[Document]:
-    header, header_line, parts = None, 0, []
-    for number, line in enumerate(lines, start=1):
-        if not line.startswith(b">"):
-            parts.append(line.strip())
-            continue
-        if header is not None:
-            yield _fasta_record(path, header, header_line, parts)
-        header, header_line, parts = line, number, []
-    if header is not None:
-        yield _fasta_record(path, header, header_line, parts)
-
-
-def _fasta_record(path: Path, header: bytes, line: int, parts: list[bytes]) -> Document:
-    words = header[1:].split(maxsplit=1)
-    if not words:
+def _unusual(
+    path: Path, line: int, name: str, body: bytes, options: ReadOptions, counts: ReadCounts
+) -> bytes:
+    """The sequence of a record that is not letters alone, or has no id; `line` is its header's."""
+    lines = [text.strip(b" \t").upper() for text in body.split(b"\n")]
+    if b"".join(lines).endswith(b"*"):
+        last = max(number for number, text in enumerate(lines) if text)
+        lines[last] = lines[last][:-1]
+        counts.stops += 1
+    for number, text in enumerate(lines, start=line + 1):
+        if strange := text.translate(None, LETTERS):
+            shown = [chr(byte).encode("ascii", "backslashreplace").decode() for byte in strange]
+            if options.strict:
+                raise DataError(
+                    f"{path} line {number}: {shown[0]!r} in record {name} is not an amino acid "
+                    f"letter ({RESIDUES} and {RARE_RESIDUES})"
+                )
+            counts.illegal.update(map(repr, shown))
+            counts.places = [*counts.places, f"{path.name} line {number}"][:SHOWN_PLACES]
+    sequence = b"".join(lines)
+    sequence = sequence.translate(None, bytes(set(sequence) - set(LETTERS)))
+    if options.strict and not name:
         raise DataError(f"{path} line {line}: a FASTA header without an id after '>'")
-    sequence = b"".join(parts).upper().removesuffix(b"*")
-    name = words[0].decode("utf-8", "replace")
-    if not sequence:
+    if options.strict and not sequence:
         raise DataError(f"{path} line {line}: record {name} has no residue")
-    strange = sequence.translate(None, LETTERS)
-    if strange:
-        position = sequence.index(strange[:1])
-        at = line + 1 + int(np.searchsorted(np.cumsum([len(p) for p in parts]), position, "right"))
-        raise DataError(
-            f"{path} line {at}: {strange[:1].decode('ascii', 'backslashreplace')!r} in record "
-            f"{name} is not an amino acid letter ({RESIDUES} and {RARE_RESIDUES})"
-        )
-    return Document(name, sequence.decode("ascii"))
+    counts.empty += not sequence
+    counts.unnamed += bool(sequence and not name)
+    return sequence
 
 
-def _parse_jsonl(path: Path, lines: Iterator[bytes]) -> Iterator[Document]:
-    for number, line in enumerate(lines, start=1):
+def _parse_jsonl(chunk: Chunk, options: ReadOptions, counts: ReadCounts) -> list[Document]:
+    documents = []
+    for number, line in enumerate(chunk.data.split(b"\n"), start=chunk.line):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-            text = record["text"]
+            text = record[options.field]
             identifier = str(record["id"]) if "id" in record else _text_id(text)
             (identifier + text).encode()
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DataError(
-                f"{path} line {number}: expected a JSON object with the string field 'text'"
+                f"{chunk.path} line {number}: expected a JSON object with the string field "
+                f"{options.field!r}"
             ) from None
-        if not text:
-            raise DataError(f"{path} line {number}: the field 'text' is empty")
-        yield Document(identifier, text)
+        if text:
+            documents.append(Document(identifier, text))
+        else:
+            _empty(chunk.path, number, options, counts)
+    return documents
 
 
-def _parse_text(path: Path, lines: Iterator[bytes]) -> Iterator[Document]:
+def _empty(path: Path, line: int, options: ReadOptions, counts: ReadCounts) -> None:
+    if options.strict:
+        raise DataError(f"{path} line {line}: the field {options.field!r} is empty")
+    counts.empty += 1
+
+
+def _parse_text(chunk: Chunk, _: ReadOptions, counts: ReadCounts) -> list[Document]:
     """Documents are separated by blank lines, so that a big file is many documents."""
-    paragraph: list[str] = []
-    for number, line in enumerate(lines, start=1):
+    documents, paragraph = [], []
+    for number, line in enumerate([*chunk.data.split(b"\n"), b""], start=chunk.line):
         try:
-            decoded = line.decode("utf-8")
+            decoded = line.rstrip(b"\r").decode("utf-8")
         except UnicodeDecodeError:
-            raise DataError(f"{path} line {number}: not UTF-8 text") from None
+            raise DataError(f"{chunk.path} line {number}: not UTF-8 text") from None
         if decoded.strip():
             paragraph.append(decoded)
         elif paragraph:
-            yield _text_document(paragraph)
+            text = "\n".join(paragraph)
+            documents.append(Document(_text_id(text), text))
             paragraph = []
-    if paragraph:
-        yield _text_document(paragraph)
-
-
-def _text_document(lines: list[str]) -> Document:
-    text = "\n".join(lines)
-    return Document(_text_id(text), text)
+    return documents
 
 
 def _text_id(text: str) -> str:

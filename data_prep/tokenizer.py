@@ -1,8 +1,4 @@
-"""BPE training on a hash sample of the documents, and the view of a tokenizer that sharding needs.
-
-Proteins: an alphabet of 26 letters, no pre-tokenizer, an unknown token (a BPE model without one
-drops unknown characters silently) and a decoder that joins without spaces. Text: byte-level BPE.
-"""
+"""Training on a hash sample of the documents, and the view of a tokenizer that sharding needs."""
 
 import heapq
 import json
@@ -10,42 +6,43 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from data_prep.outputs import already_made, describe_sources
 from data_prep.readers import (
-    RARE_RESIDUES,
-    RESIDUES,
+    DEFAULT_READ,
     Document,
-    detect_format,
+    ReadCounts,
+    ReadOptions,
     id_hash,
     read_documents,
-    reading_progress,
 )
+from data_prep.sources import detect_format, reading_progress
+from data_prep.trainers import Algorithm, Kind, special_tokens, train
 from s2t2_dist import artifacts
 from s2t2_dist.errors import DataError
 from s2t2_dist.shards import TOKENIZER_JSON, tokenizer_sha256
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# Longer merges memorise repeats and boilerplate instead of the domain.
-MAX_TOKEN_LENGTH = 32
-# A pair seen once is noise, not a unit.
-MIN_FREQUENCY = 2
 # Training keeps about 90 bytes per character, so this is about 2 GB.
 DEFAULT_SAMPLE = 20_000_000
 
-PROTEIN_SPECIAL = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
-TEXT_SPECIAL = {"eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}
-
 
 def train_tokenizer(
-    inputs: Sequence[Path], target: Path, vocab_size: int, sample: int = DEFAULT_SAMPLE
+    inputs: Sequence[Path],
+    target: Path,
+    vocab_size: int,
+    sample: int = DEFAULT_SAMPLE,
+    read: ReadOptions = DEFAULT_READ,
+    kind: Kind = "bpe",
+    algorithm: Algorithm = "bpe",
 ) -> bool:
-    """Train a BPE tokenizer and write it as a Hugging Face folder, sealed with a manifest.
+    """Train a tokenizer and write it as a Hugging Face folder, sealed with a manifest.
 
     Args:
         inputs: FASTA files, or text files (.jsonl, .txt); not both.
         vocab_size: tokens in all, special tokens included.
+        kind, algorithm: see `data_prep.trainers`; `tokenizers` itself trains BPE only.
         sample: at most so many characters are trained on: those documents whose id hashes lowest.
 
     Returns:
@@ -55,22 +52,27 @@ def train_tokenizer(
         DataError: bad input, or the data do not yield so many tokens.
         ArtifactError: `target` exists and is something else.
     """
-    protein = _is_protein(inputs)
+    if (kind, algorithm) == ("bpe", "unigram"):
+        raise DataError("unigram is trained by SentencePiece; give --kind sentencepiece with it")
+    protein = is_protein(inputs)
     request = {"kind": "tokenizer", "vocab_size": vocab_size, "sample_characters": sample}
+    request |= {"trainer": kind, "algorithm": algorithm}
     request["sources"] = describe_sources(inputs)
     if already_made(target, request):
         return False
+    counts = ReadCounts()
     with reading_progress("Sampling") as open_file:
-        documents = sample_documents(read_documents(inputs, open_file), sample)
+        documents = sample_documents(read_documents(inputs, read, counts, open_file), sample)
     texts = [document.text for document in documents]
-    tokenizer = _train_bpe(texts, vocab_size, protein)
+    tokenizer = train(texts, vocab_size, protein, kind, algorithm)
     _check_round_trip(tokenizer, texts)
     record = {
         **request,
+        "reading": counts.record(),
         "trained_on": {"documents": len(texts), "characters": sum(map(len, texts))},
     }
     with artifacts.sealed_directory(target, record) as directory:
-        save_tokenizer(tokenizer, PROTEIN_SPECIAL if protein else TEXT_SPECIAL, directory)
+        save_tokenizer(tokenizer, special_tokens(protein), directory)
     return True
 
 
@@ -102,46 +104,18 @@ def save_tokenizer(tokenizer: Tokenizer, special: dict[str, str], directory: Pat
     artifacts.write_json(directory / TOKENIZER_CONFIG, {**config, **special})
 
 
-def _is_protein(inputs: Sequence[Path]) -> bool:
+def is_protein(inputs: Sequence[Path]) -> bool:
+    """Whether the inputs are FASTA files.
+
+    Raises:
+        DataError: some are and some are not.
+    """
     formats = {path: detect_format(path) == "fasta" for path in inputs}
     if len(set(formats.values())) > 1:
         raise DataError(
             f"{inputs[0]} and the other inputs mix FASTA and text; train one tokenizer for each"
         )
     return formats[inputs[0]]
-
-
-def _train_bpe(texts: list[str], vocab_size: int, protein: bool) -> Tokenizer:
-    if protein:
-        tokenizer = Tokenizer(models.BPE(unk_token=PROTEIN_SPECIAL["unk_token"]))
-        tokenizer.decoder = decoders.Fuse()
-        special, alphabet = PROTEIN_SPECIAL, list(RESIDUES + RARE_RESIDUES)
-    else:
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        special, alphabet = TEXT_SPECIAL, pre_tokenizers.ByteLevel.alphabet()
-    smallest = len(special) + len(alphabet)
-    if vocab_size < smallest:
-        raise DataError(
-            f"a vocabulary of {vocab_size} is too small: the alphabet and the special tokens "
-            f"are {smallest}"
-        )
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(special.values()),
-        initial_alphabet=alphabet,
-        max_token_length=MAX_TOKEN_LENGTH,
-        min_frequency=MIN_FREQUENCY,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    if tokenizer.get_vocab_size() < vocab_size:
-        raise DataError(
-            f"the data yield only {tokenizer.get_vocab_size()} tokens, {vocab_size} were asked "
-            f"for; ask for fewer or give more data"
-        )
-    return tokenizer
 
 
 def _check_round_trip(tokenizer: Tokenizer, texts: list[str]) -> None:
@@ -183,24 +157,38 @@ def load_tokenizer(directory: Path) -> LoadedTokenizer:
         backend = Tokenizer.from_file(str(directory / TOKENIZER_JSON))
     except Exception as error:  # the library raises a bare Exception
         raise DataError(f"{directory / TOKENIZER_JSON} is not a tokenizer ({error})") from None
+    special = {name: _special_token(directory, name) for name in ("eos_token", "pad_token")}
+    return view_tokenizer(backend, special, directory, digest)
+
+
+def view_tokenizer(
+    backend: Tokenizer, special: dict, directory: Path = Path("the tokenizer"), digest: str = ""
+) -> LoadedTokenizer:
+    """The view of a tokenizer whose special tokens are spelled so.
+
+    Args:
+        directory: names it in errors.
+
+    Raises:
+        DataError: there is no end token, or the decoder is of an unknown kind.
+    """
     # Special tokens written out in a text are text, not the special tokens.
     backend.encode_special_tokens = True
-    eos = _special_id(backend, directory, "eos_token")
+    spelled = (special.get(name) for name in ("eos_token", "pad_token"))
+    eos, pad = (token and backend.token_to_id(token) for token in spelled)
     if eos is None:
         raise DataError(f"{directory / TOKENIZER_CONFIG} names no eos_token of this tokenizer")
-    pad = _special_id(backend, directory, "pad_token")
     texts = _token_texts(backend, directory)
     return LoadedTokenizer(backend, digest, texts, eos, eos if pad is None else pad)
 
 
-def _special_id(backend: Tokenizer, directory: Path, name: str) -> int | None:
+def _special_token(directory: Path, name: str) -> str | None:
     path = directory / TOKENIZER_CONFIG
     try:
         token = json.loads(path.read_text(encoding="utf-8")).get(name)
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{path} cannot be read ({error})") from None
-    token = token["content"] if isinstance(token, dict) else token
-    return None if token is None else backend.token_to_id(token)
+    return token["content"] if isinstance(token, dict) else token
 
 
 def _token_texts(backend: Tokenizer, directory: Path) -> list[bytes]:

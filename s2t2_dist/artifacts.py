@@ -142,18 +142,22 @@ def verify(
     manifest = read_manifest(directory)
     rank, size = share
     for name, entry in sorted(manifest["files"].items())[rank::size]:
-        path = directory / name
-        if not path.is_file():
-            raise ArtifactError(f"{path} is missing, but the manifest lists it; make it again")
-        found = path.stat().st_size
-        if found != entry["bytes"]:
-            raise ArtifactError(f"{path} has {found} bytes, the manifest says {entry['bytes']}")
-        if hashes and sha256_file(path) != entry["sha256"]:
-            raise ArtifactError(f"{path} was altered: its sha256 is not the manifest's")
+        verify_file(directory / name, entry, hashes)
     unlisted = set(list_files(directory)) - manifest["files"].keys() if exact else ()
     if unlisted:
         raise ArtifactError(f"{directory / min(unlisted)} is not in the manifest; remove it")
     return manifest
+
+
+def verify_file(path: Path, entry: dict, hashes: bool) -> None:
+    """Check one file against its entry in the manifest; errors as for `verify`."""
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing, but the manifest lists it; make it again")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise ArtifactError(f"{path} has {size} bytes, the manifest says {entry['bytes']}")
+    if hashes and sha256_file(path) != entry["sha256"]:
+        raise ArtifactError(f"{path} was altered: its sha256 is not the manifest's")
 
 
 def publish(temporary: Path, target: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from data_prep.cli import OutDir, data_app, tokenizer_app
 from s2t2_dist import artifacts
 from s2t2_dist.errors import S2T2Error
 
@@ -23,90 +24,15 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Move a language model to a new tokenizer by sparse Sinkhorn token translation.",
 )
-tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer on the new domain.")
-data_app = typer.Typer(no_args_is_help=True, help="Turn FASTA or text into training rows.")
 translation_app = typer.Typer(no_args_is_help=True, help="Look into a learned translation.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 app.add_typer(translation_app, name="translation")
 
-Inputs = Annotated[
-    list[Path],
-    typer.Argument(help="FASTA, .jsonl (field `text`) or .txt files, gzipped or not."),
-]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="stages.translate.max_steps=50"),
 ]
-OutDir = Annotated[Path, typer.Option("--out", help="Folder to make; never overwritten.")]
-
-
-@tokenizer_app.command("train")
-def tokenizer_train(
-    inputs: Inputs,
-    out: OutDir,
-    vocab_size: Annotated[
-        int, typer.Option(min=1, help="Tokens in all, special tokens included.")
-    ] = 512,
-    sample: Annotated[
-        int, typer.Option(min=1, max=2**31 - 1, help="Characters to train on (90 bytes each).")
-    ] = 20_000_000,
-):
-    """Train a BPE tokenizer: over amino acid letters for FASTA, byte-level for text.
-
-    Trains on the documents whose ids hash lowest, so the sample does not depend on file order.
-
-    Example: `s2t2 tokenizer train uniref50.fasta.gz --vocab-size 512 --out tokenizers/protein`
-    """
-    from data_prep.tokenizer import train_tokenizer
-
-    _report(out, train_tokenizer(inputs, out, vocab_size, sample))
-
-
-@data_app.command("build")
-def data_build(
-    inputs: Inputs,
-    out: OutDir,
-    tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json.")],
-    context: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
-    validation_fraction: Annotated[
-        float, typer.Option(help="Share of documents held out, by the hash of their ids.")
-    ] = 0.01,
-    characters: Annotated[
-        bool, typer.Option("--characters", help="One token for every character.")
-    ] = False,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**31 - 1, help="Of the document order; not of the split.")
-    ] = 0,
-):
-    """Tokenize documents into Arrow shards of fixed-length rows, split into train and validation.
-
-    Example: `s2t2 data build uniref50.fasta.gz --tokenizer tokenizers/protein --out data/protein`
-    """
-    from data_prep.build import BuildOptions, build_shards
-
-    options = BuildOptions(context, validation_fraction, characters, seed)
-    _report(out, build_shards(inputs, tokenizer, out, options))
-
-
-@data_app.command("verify")
-def data_verify(
-    directory: Annotated[Path, typer.Argument(help="What `s2t2 data build` made.")],
-):
-    """Check every file of a data folder against its manifest and print what it holds.
-
-    Example: `s2t2 data verify data/protein`
-    """
-    from s2t2_dist.shards import SPLITS, ShardReader
-
-    for split in SPLITS:
-        reader = ShardReader(directory, split, verify="full" if split == SPLITS[0] else "size")
-        held = reader.metadata["splits"][split]
-        print(
-            f"{split}: {held['documents']:,} documents, {held['bytes']:,} bytes, "
-            f"{held['tokens']:,} tokens in {held['rows']:,} rows of {reader.context}"
-        )
-    print(f"{directory} is complete and unaltered")
 
 
 @app.command("train")
@@ -285,10 +211,6 @@ def compare(
 
     show(compare_runs(run_dirs, out))
     print(f"{out / TABLE_MD} and {out / FIGURE} written")
-
-
-def _report(out: Path, made: bool) -> None:
-    print(f"{out} written" if made else f"{out} is already complete")
 
 
 def main() -> None:

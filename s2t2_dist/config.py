@@ -69,6 +69,11 @@ class DataConfig(_Strict):
     verify: Literal["size", "full"] = Field(
         "size", description="check of the shards at start: sizes only, or every sha256"
     )
+    document_mask: bool = Field(
+        False,
+        description="keep the documents of a row apart: no attention and no loss across their "
+        "boundaries",
+    )
 
 
 class TrackingConfig(_Strict):

@@ -164,9 +164,13 @@ class TrainedLM:
         if settings["zero_optimization"].get("stage", 0) in (1, 2):
             self.engine.optimizer.check_grad_overflow = True  # off in float32 by default
 
-    def logits(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
+    def logits(
+        self, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Next-token logits (B, T, vocabulary)."""
-        return self.engine(input_ids=input_ids_BT, use_cache=False).logits
+        return self.engine(
+            input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False
+        ).logits
 
     def train_mode(self, on: bool) -> None:
         self.engine.train(on)
@@ -270,10 +274,13 @@ class FrozenLM:
         """Training mode only where activations are recomputed, which needs it (no dropout else)."""
         self.backbone.train(on and self.recompute)
 
-    def hidden(self, embeds_BTD: torch.Tensor) -> torch.Tensor:
+    def hidden(
+        self, embeds_BTD: torch.Tensor, position_ids_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Last hidden states (B, T, D) of a batch of input embeddings."""
-        inputs = embeds_BTD.to(self.dtype)
-        return self.backbone(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        return self.backbone(
+            inputs_embeds=embeds_BTD.to(self.dtype), position_ids=position_ids_BT, use_cache=False
+        ).last_hidden_state
 
     def close(self) -> None:
         """Give the memory back before the next stage."""

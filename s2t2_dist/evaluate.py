@@ -56,17 +56,20 @@ def sum_of_nats(logits_BTU: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tens
 
 
 def evaluate(
-    logits: Callable[[torch.Tensor], torch.Tensor],
+    logits: Callable[..., torch.Tensor],
     reader: ShardReader,
     batch_size: int,
     device: torch.device,
     comm: LocalComm | None = None,
+    document_mask: bool = False,
 ) -> Evaluation:
     """Evaluate on every row of a split. A collective: every rank runs the same number of passes.
 
     Args:
-        logits: maps input ids (B, T) on `device` to next-token logits (B, T, U).
+        logits: maps input ids (B, T) on `device`, and position ids where `document_mask` is set, to
+            next-token logits (B, T, U).
         batch_size: rows per pass and rank.
+        document_mask: as for `load_batch`; first tokens of documents do not count then.
     """
     comm = comm or LocalComm()
     sums = torch.zeros(3, dtype=torch.float64)
@@ -75,9 +78,11 @@ def evaluate(
         first = start + comm.rank * batch_size
         rows = list(range(first, min(first + batch_size, len(reader))))
         # A rank that has run out of rows still takes part in the partitioned forward pass.
-        batch = load_batch(reader, rows or [0])
+        batch = load_batch(reader, rows or [0], document_mask)
+        inputs = [batch.input_ids, batch.position_ids][: 1 + document_mask]
         with torch.no_grad():
-            nats = sum_of_nats(logits(batch.input_ids.to(device)), batch.labels.to(device))
+            outputs = logits(*(tensor.to(device) for tensor in inputs))
+            nats = sum_of_nats(outputs, batch.labels.to(device))
         if rows:
             sums += torch.tensor([float(nats), batch.predicted, _predicted_bytes(batch, reader)])
     total = comm.sum_(sums.to(device)).tolist()

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from s2t2_dist import artifacts
-from s2t2_dist.errors import DataError
+from s2t2_dist.errors import ArtifactError, DataError
 
 KIND = "data"
 SPLITS = ("train", "validation")
@@ -83,6 +83,21 @@ def require_tokenizer(metadata: dict, tokenizer_dir: Path | str) -> None:
         )
 
 
+def _verify_files(directory: Path, manifest: dict, hashes: bool) -> None:
+    """Check the files; an error about a shard says which rows are in it."""
+    rows_of = {}
+    for split, held in manifest.get("splits", {}).items():
+        first = 0
+        for shard in held["shards"]:
+            rows_of[shard["file"]] = f" ({split} rows {first} to {first + shard['rows'] - 1})"
+            first += shard["rows"]
+    for name, entry in manifest["files"].items():
+        try:
+            artifacts.verify_file(directory / name, entry, hashes)
+        except ArtifactError as error:
+            raise ArtifactError(f"{error}{rows_of.get(name, '')}") from None
+
+
 class _RowBatch(NamedTuple):
     """Views into one memory-mapped record batch."""
 
@@ -107,7 +122,8 @@ class ShardReader:
 
     def __init__(self, directory: Path | str, split: str, verify: Literal["size", "full"] = "size"):
         self.directory = Path(directory)
-        manifest = artifacts.verify(self.directory, hashes=verify == "full")
+        manifest = artifacts.read_manifest(self.directory)
+        _verify_files(self.directory, manifest, hashes=verify == "full")
         if manifest.get("kind") != KIND:
             raise DataError(
                 f"{self.directory} holds {manifest.get('kind')!r}, not data; give a folder made by "

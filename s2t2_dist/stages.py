@@ -83,8 +83,8 @@ class WeightStage:
     ) -> tuple[torch.Tensor, dict[str, float]]:
         nats = torch.zeros((), dtype=torch.float64, device=self.context.device)
         for batch in batches:
-            logits = self.logits(batch.input_ids.to(self.context.device))
-            loss = sum_of_nats(logits, batch.labels.to(self.context.device))
+            batch = batch.to(self.context.device)
+            loss = sum_of_nats(self.logits(batch.input_ids, batch.position_ids), batch.labels)
             self.lm.backward(or_nan(loss / predicted))
             nats += loss.detach()
         return nats, {"grad_norm": self.lm.step(learning_rate)}

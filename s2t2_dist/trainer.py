@@ -25,6 +25,7 @@ from s2t2_dist.data import (
     ShardReader,
     count_predicted,
     load_batch,
+    prefetched,
     require_tokenizer,
     rows_at,
 )
@@ -219,8 +220,10 @@ class Trainer:
             self._log(stage, index, 0, evaluation.metrics(), progress)
         elif start == stage.max_steps:  # its last evaluation is in the metrics already
             evaluation = self._evaluate(runner, stage)
-        for step in range(start, stage.max_steps):
-            values = self._step(runner, stage, index, step)
+        steps = range(start, stage.max_steps)
+        read = prefetched(self._batches(index, step) for step in steps)
+        for step, (batches, predicted) in zip(steps, read, strict=True):
+            values = self._step(runner, stage, index, step, batches, predicted)
             done = step + 1
             if done == stage.max_steps or (stage.eval_steps and done % stage.eval_steps == 0):
                 evaluation = self._evaluate(runner, stage)
@@ -238,11 +241,18 @@ class Trainer:
         runner.close()
         return evaluation
 
-    def _step(self, runner: StageRunner, stage: Stage, index: int, step: int) -> dict[str, float]:
+    def _step(
+        self,
+        runner: StageRunner,
+        stage: Stage,
+        index: int,
+        step: int,
+        batches: list[Batch],
+        predicted: int,
+    ) -> dict[str, float]:
         """One optimizer step on this rank's share of the global batch, and its metrics."""
         started = time.perf_counter()
         seed_step(self.recipe.seed, index, step, self.comm.rank)
-        batches, predicted = self._batches(index, step)
         rate = learning_rate(
             step, stage.max_steps, stage.learning_rate, stage.warmup_ratio, stage.min_lr_ratio
         )
@@ -268,7 +278,9 @@ class Trainer:
         mine = np.split(rows, self.comm.size)[self.comm.rank]
         _, passes = engine.split_batch(stage, self.comm.size)
         micro = np.split(mine, passes)
-        return [load_batch(reader, part) for part in micro], count_predicted(reader, rows)
+        mask = self.recipe.data.document_mask
+        batches = [load_batch(reader, part, mask) for part in micro]
+        return batches, count_predicted(reader, rows, mask)
 
     def _evaluate(self, runner: StageRunner, stage: Stage) -> Evaluation:
         runner.evaluation_mode(True)
@@ -278,6 +290,7 @@ class Trainer:
             stage.per_device_eval_batch_size,
             self.context.device,
             self.comm,
+            self.recipe.data.document_mask,
         )
         runner.evaluation_mode(False)
         return evaluation

@@ -96,10 +96,13 @@ class TranslateStage:
         else:
             self.translated = None
 
-    def logits(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
+    def logits(
+        self, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Next-target-token logits (B, T, U) under the plan of the current step."""
         embed_UD, head_UD = self.translated.embed_UD, self.translated.head_UD
-        hidden_BTD = self.lm.hidden(torch.nn.functional.embedding(input_ids_BT, embed_UD))
+        embeds_BTD = torch.nn.functional.embedding(input_ids_BT, embed_UD)
+        hidden_BTD = self.lm.hidden(embeds_BTD, position_ids_BT)
         return hidden_BTD @ head_UD.to(hidden_BTD.dtype).T
 
     def train_step(
@@ -110,8 +113,8 @@ class TranslateStage:
         clock.lap("translator")
         nats = torch.zeros((), dtype=torch.float64, device=self.context.device)
         for batch in batches:
-            logits = self.logits(batch.input_ids.to(self.context.device))
-            loss = sum_of_nats(logits, batch.labels.to(self.context.device))
+            batch = batch.to(self.context.device)
+            loss = sum_of_nats(self.logits(batch.input_ids, batch.position_ids), batch.labels)
             or_nan(loss / predicted).backward()
             nats += loss.detach()
         clock.lap("lm")

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from data_prep.packing import RowWriter
+from data_prep.packing import Packed, write_shard
 from s2t2_dist import artifacts
-from s2t2_dist.shards import TOKEN_BYTES, shard_schema, token_dtype
+from s2t2_dist.shards import ROWS_PER_SHARD, TOKEN_BYTES, shard_schema, token_dtype
 
 PAD = 1
 
@@ -14,11 +14,24 @@ def make_data(target, documents, context, vocab_size=300):
     record = {"kind": "data", "context": context, "vocab_size": vocab_size, "splits": {}}
     with artifacts.sealed_directory(target, record) as directory:
         for split in ("train", "validation"):
-            schema = shard_schema(context, vocab_size, {})
-            with RowWriter(directory / split, schema, PAD) as writer:
-                for document in documents:
-                    writer.add(np.asarray(document, token_dtype(vocab_size)))
-            rows = sum(shard["rows"] for shard in writer.shards)
-            record["splits"][split] = {"rows": rows, "shards": writer.shards}
+            (directory / split).mkdir()
+            shards = list(_write_shards(directory, split, documents, context, vocab_size))
+            rows = sum(shard["rows"] for shard in shards)
+            record["splits"][split] = {"rows": rows, "shards": shards}
         np.save(directory / TOKEN_BYTES, np.arange(vocab_size))
     return target
+
+
+def _write_shards(directory, split, documents, context, vocab_size):
+    """The documents end to end; yields what the manifest says of each shard."""
+    arrays = [np.asarray(document, token_dtype(vocab_size)) for document in documents]
+    tokens = np.concatenate(arrays)
+    starts = np.cumsum([0, *map(len, arrays)])[:-1]
+    size = ROWS_PER_SHARD * context
+    for number, first in enumerate(range(0, len(tokens), size)):
+        part = tokens[first : first + size]
+        inside = starts[(starts >= first) & (starts < first + size)] - first
+        name = f"{split}/shard-{number:05d}.arrow"
+        schema = shard_schema(context, vocab_size, {})
+        write_shard(directory / name, schema, [Packed(part, inside, None)], PAD)
+        yield {"file": name, "rows": -(-len(part) // context)}

@@ -8,7 +8,6 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from data_prep.build import BuildOptions, build_shards, is_validation
-from data_prep.packing import Spill
 from data_prep.readers import RARE_RESIDUES, RESIDUES, id_hash
 from data_prep.tokenizer import train_tokenizer
 from s2t2_dist import artifacts
@@ -212,16 +211,3 @@ def test_a_model_folder_lends_only_its_tokenizer(tmp_path, fasta, tokenizer):
     build_shards([fasta], model, tmp_path / "d", OPTIONS)
     copied = sorted(path.name for path in (tmp_path / "d" / "tokenizer").iterdir())
     assert copied == ["tokenizer.json", "tokenizer_config.json"]
-
-
-def test_spill_sorts_by_key_and_keeps_equal_keys_in_order(tmp_path):
-    rng = random.Random(0)
-    keys = [rng.choice([rng.getrandbits(64), 0, 2**64 - 1, 7]) for _ in range(500)]
-    documents = [
-        (key, i % 2, np.arange(i, i + i % 5, dtype=np.uint16)) for i, key in enumerate(keys)
-    ]
-    with Spill(tmp_path / "s", np.dtype(np.uint16)) as spill:
-        for document in documents:
-            spill.add(*document)
-    expected = [(g, tokens.tolist()) for _, g, tokens in sorted(documents, key=lambda d: d[0])]
-    assert [(group, tokens.tolist()) for group, tokens in spill.read()] == expected

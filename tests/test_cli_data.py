@@ -81,11 +81,31 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, tokenizer, content, 
     source.write_bytes(content)
     target = tmp_path / "out" / "made"
     for command in (
-        ("tokenizer", "train", source, "--out", target),
-        ("data", "build", source, "--tokenizer", tokenizer, "--out", target),
+        ("tokenizer", "train", source, "--out", target, "--strict"),
+        ("data", "build", source, "--tokenizer", tokenizer, "--out", target, "--strict"),
     ):
         assert_user_error(s2t2(*command), message)
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == [source]
+
+
+def test_what_was_left_out_is_said_once_on_stderr(tmp_path, tokenizer):
+    source = tmp_path / "x.fasta"
+    source.write_text(fasta_text() + ">odd\nacD1F*\n>none\n")
+    build = ("data", "build", source, "--tokenizer", tokenizer, "--validation-fraction", 0.2)
+    build += ("--out",)
+    done = s2t2(*build, tmp_path / "d")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'd'} written\n")
+    assert done.stderr.count("\n") == 1
+    for part in (
+        "1 bytes that are no",
+        "'1' 1",
+        "x.fasta line 402",
+        "1 stops",
+        "1 empty",
+        "2 low",
+    ):
+        assert part in done.stderr
+    assert_user_error(s2t2(*build, tmp_path / "e", "--strict"), "line 402: '1' in record odd")
 
 
 def test_vocabulary_too_large_for_the_data(tmp_path):
@@ -146,9 +166,13 @@ def test_full_disk_while_building(tmp_path, tokenizer, small_disk, size):
     source = tmp_path / "big.fasta"
     source.write_text(fasta_text(count=6000, seed=1))
     disk = small_disk(size)
-    done = s2t2("data", "build", source, "--tokenizer", tokenizer, "--out", disk / "d")
-    assert_user_error(done, "no space left")
-    assert list(disk.iterdir()) == []
+    build = ("data", "build", source, "--tokenizer", tokenizer, "--out", disk / "d")
+    assert_user_error(s2t2(*build), "no space left")
+    assert [path.name for path in disk.iterdir()] == [".d.partial"]
+    # With more space it goes on, and leaves nothing but the result.
+    subprocess.run(["mount", "-o", "remount,size=32m", str(disk)], check=True)
+    assert s2t2(*build).returncode == 0
+    assert [path.name for path in disk.iterdir()] == ["d"]
 
 
 def test_full_disk_while_writing_a_tokenizer(tokenizer, small_disk):

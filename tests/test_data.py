@@ -1,11 +1,13 @@
 """Batches, and the training order as a pure function of seed and position."""
 
 import itertools
+import threading
+import time
 
 import numpy as np
 import pytest
 
-from s2t2_dist.data import ShardReader, count_predicted, load_batch, row_at, rows_at
+from s2t2_dist.data import ShardReader, count_predicted, load_batch, prefetched, row_at, rows_at
 from tests.make_shards import PAD, make_data
 
 
@@ -70,3 +72,52 @@ def test_neighbouring_positions_are_uncorrelated():
         correlation = np.corrcoef(order[:-lag], order[lag:])[0, 1]
         # The standard deviation is 1 / sqrt(rows) = 0.0045; five of them.
         assert abs(correlation) < 0.0224
+
+
+def test_document_mask_restarts_positions_and_hides_first_tokens(tmp_path):
+    documents = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14]]
+    reader = ShardReader(make_data(tmp_path / "d", documents, 5), "train")
+    batch = load_batch(reader, [0, 1], document_mask=True)
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 0], [0, 1, 2, 3, 0]]
+    assert batch.labels.tolist() == [[-100, 6, 7, -100, -100], [10, 11, 12, 13, -100]]
+    assert batch.predicted == count_predicted(reader, [0, 1], document_mask=True) == 2 + 3
+    assert load_batch(reader, [0]).position_ids is None
+
+
+def test_prefetched_gives_the_same_items_and_the_error_in_its_turn():
+    assert list(prefetched(range(1000))) == list(range(1000))
+    assert list(prefetched([])) == []
+
+    def failing():
+        yield 1
+        yield 2
+        raise ValueError("third")
+
+    items = prefetched(failing())
+    assert [next(items), next(items)] == [1, 2]
+    with pytest.raises(ValueError, match="third"):
+        next(items)
+
+
+def test_prefetched_stays_ahead_and_ends_with_its_reader():
+    made = []
+
+    def make():
+        for i in itertools.count():
+            made.append(i)
+            yield i
+
+    def threads():
+        return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+    items = prefetched(make(), ahead=2)
+    assert next(items) == 0
+    deadline = time.monotonic() + 10
+    while len(made) < 4 and time.monotonic() < deadline:  # one taken, two waiting, one in hand
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert len(made) == 4
+    items.close()
+    while threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not threads()

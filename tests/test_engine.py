@@ -73,10 +73,23 @@ def _frozen(comm) -> dict:
         if not evaluating:
             hidden.sum().backward()
         error = max(error, float((hidden - expected).abs().max()))
+    frozen.train_mode(False)
+    with torch.no_grad():
+        positions = torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 3, 4]])
+        apart = frozen.hidden(embeds, positions)
+        alone = _small_lm().base_model(inputs_embeds=embeds[:1, 2:]).last_hidden_state
+    masked = float((apart[0, 2:] - alone[0]).abs().max())
+    across = float((apart[0, 2:] - expected[0, 2:]).abs().max())
     frozen.backbone.train(True)
     frozen.train_mode(False)
     training = {module.training for module in frozen.backbone.modules()}
-    return {"error": error, "complete": complete, "training": training}
+    return {
+        "error": error,
+        "complete": complete,
+        "training": training,
+        "masked": masked,
+        "across": across,
+    }
 
 
 @pytest.mark.slow
@@ -87,6 +100,8 @@ def test_a_frozen_model_records_its_trace_and_prefetches(tmp_path):
         assert found["error"] < 1e-6
         assert found["complete"][2] and found["complete"][-1], found["complete"]
         assert found["training"] == {False}
+        # Where positions start again a document is by itself, and differs from what it was.
+        assert found["masked"] < 1e-6 < 1e-3 < found["across"]
 
 
 def _save_where_one_rank_fails(comm, run_dir) -> tuple[str, bool, int]:

@@ -99,3 +99,29 @@ def test_command_refuses_a_folder_without_a_model(protein_tokenizer, protein_dat
     code = cli.run(["evaluate", str(protein_tokenizer), str(protein_data)])
     assert code == cli.USER_ERROR
     assert "no Hugging Face model folder" in capsys.readouterr().err
+
+
+def test_document_mask_evaluates_each_document_by_itself(source_model, source_data):
+    lm = AutoModelForCausalLM.from_pretrained(source_model).eval()
+    reader = ShardReader(source_data, "validation")
+
+    def logits(ids, positions):
+        return lm(ids, position_ids=positions, use_cache=False).logits
+
+    masked = evaluate(logits, reader, 7, torch.device("cpu"), document_mask=True)
+    plain = evaluate(lambda ids: lm(ids).logits, reader, 7, torch.device("cpu"))
+    nats = tokens = 0
+    for row in range(len(reader)):
+        ids = torch.tensor(reader[row][: reader.length(row)].astype("int64"))
+        starts = [s for s in reader.document_starts(row).tolist() if s]
+        for document in ids.tensor_split(starts):
+            if len(document) < 2:
+                continue
+            with torch.no_grad():
+                nats += lm(document[None], labels=document[None]).loss.item() * (len(document) - 1)
+            tokens += len(document) - 1
+    assert masked.tokens == tokens < plain.tokens
+    assert masked.nats == pytest.approx(nats, rel=TOLERANCE)
+    # With attention across documents the same sum would differ by 10 tolerances.
+    across = evaluate(lambda ids, _: lm(ids).logits, reader, 7, torch.device("cpu"), None, True)
+    assert abs(across.nats / masked.nats - 1) > 5 * TOLERANCE

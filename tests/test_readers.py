@@ -5,8 +5,18 @@ import json
 import random
 
 import pytest
+import zstandard
 
-from data_prep.readers import RARE_RESIDUES, RESIDUES, Document, id_hash, read_documents
+from data_prep.readers import (
+    RARE_RESIDUES,
+    RESIDUES,
+    Document,
+    ReadCounts,
+    ReadOptions,
+    id_hash,
+    read_documents,
+)
+from data_prep.sources import read_chunks
 from s2t2_dist.errors import DataError
 
 RECORDS = [
@@ -15,6 +25,7 @@ RECORDS = [
     Document("UniRef50_RARE", RESIDUES + RARE_RESIDUES),
     Document("UniRef50_LONG", "".join(random.Random(0).choices(RESIDUES, k=1000))),
 ]
+STRICT = ReadOptions(strict=True)
 HEADERS = [
     ">UniRef50_A0A5A9P0L4 Peptidylprolyl isomerase n=1 Tax=T. tibetana TaxID=1572043 RepID=A0A5A9",
     ">SP50_Q5L4T7 Cluster: Q5L4T7 n=9 RepID=Q5L4T7",
@@ -72,15 +83,14 @@ def test_files_are_read_in_order(tmp_path):
     assert list(read_documents([first, second])) == [("a", "AC"), ("b", "GH")]
 
 
-def test_reading_is_streaming(tmp_path):
-    # The first record arrives although the end of the file is missing.
-    rng = random.Random(1)
-    body = "".join(f">r{i}\n{''.join(rng.choices(RESIDUES, k=500))}\n" for i in range(2000))
-    path = write(tmp_path / "x.fasta.gz", gzip.compress(body.encode())[:-5000])
-    documents = read_documents([path])
-    assert next(documents).id == "r0"
-    with pytest.raises(DataError, match=r"x\.fasta\.gz is a truncated or damaged gzip"):
-        list(documents)
+def test_zstd_of_several_frames(tmp_path):
+    content = render()
+    parts = [content[:11], content[11:200], content[200:]]
+    path = write(tmp_path / "x.fasta.zst", b"".join(map(zstandard.compress, parts)))
+    assert list(read_documents([path])) == RECORDS
+    for cut in (path.read_bytes()[:-3], path.read_bytes()[:50], path.read_bytes() + b"garbage"):
+        with pytest.raises(DataError, match="truncated or damaged zstd"):
+            list(read_documents([write(tmp_path / "y.fasta.zst", cut)]))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +121,7 @@ def test_reading_is_streaming(tmp_path):
 def test_bad_fasta_names_the_file_and_the_line(tmp_path, content, message):
     path = write(tmp_path / "bad.fasta", content)
     with pytest.raises(DataError, match=f"bad.fasta.*{message}"):
-        list(read_documents([path]))
+        list(read_documents([path], STRICT))
 
 
 def test_missing_file_and_directory(tmp_path):
@@ -146,7 +156,7 @@ def test_jsonl_without_id_is_named_by_its_text(tmp_path):
 def test_bad_jsonl_names_the_line(tmp_path, line):
     path = write(tmp_path / "x.jsonl", b'{"text": "ok"}\n' + line.encode())
     with pytest.raises(DataError, match=r"x\.jsonl line 2"):
-        list(read_documents([path]))
+        list(read_documents([path], STRICT))
 
 
 def test_text_documents_are_separated_by_blank_lines(tmp_path):
@@ -159,6 +169,81 @@ def test_bad_text(tmp_path):
         list(read_documents([write(tmp_path / "x.txt", b"a\n\xff\n")]))
     with pytest.raises(DataError, match="holds no document"):
         list(read_documents([write(tmp_path / "y.txt", b"\n")]))
+
+
+def read(path, options=ReadOptions(), chunk_size=None):  # noqa: B008
+    counts = ReadCounts()
+    return list(read_documents([path], options, counts, chunk_size=chunk_size)), counts
+
+
+def test_what_is_left_out_is_counted_and_named_by_line(tmp_path):
+    content = b">a\nac-D1\nE F\n>empty\n\n*\n> \nGG*\n>b\n\tWW \nK**\n>c\nx\xc3\xa9y\n"
+    path = write(tmp_path / "odd.fasta", content)
+    documents, counts = read(path)
+    assert [text for _, text in documents] == ["ACDEF", "GG", "WWK", "XY"]
+    assert [name for name, _ in documents][::2] == ["a", "b"]
+    assert (counts.documents, counts.characters) == (4, 12)
+    assert (counts.empty, counts.unnamed, counts.stops, counts.lower_case) == (1, 1, 3, 4)
+    assert counts.illegal == {
+        "'-'": 1, "'1'": 1, "' '": 1, "'*'": 1, "'\\\\xc3'": 1, "'\\\\xa9'": 1
+    }  # fmt: skip
+    assert counts.places == [f"odd.fasta line {line}" for line in (2, 3, 11, 13)]
+    summary = counts.summary()
+    assert "6 bytes that are no amino acid letter left out" in summary
+    assert "odd.fasta line 2, odd.fasta line 3" in summary
+    for part in ("1 empty", "1 records without an id", "3 stops", "4 lower-case"):
+        assert part in summary
+    assert ReadCounts.of(json.loads(json.dumps(counts.record()))) == counts
+    assert ReadCounts(documents=3, characters=9).summary() == ""
+
+
+def test_only_the_first_places_are_named(tmp_path):
+    path = write(tmp_path / "x.fasta", b">a\n" + b"A1\n" * 1000)
+    counts = read(path, chunk_size=10)[1]
+    assert counts.illegal == {"'1'": 1000}
+    assert len(counts.places) == 10
+    assert counts.summary().count("line") == 10
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 64, 1000, None])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_chunks_cut_between_records_and_count_lines(tmp_path, chunk_size, end):
+    path = write(tmp_path / "x.fasta", b"\n\n" + render(end=end, blank=1, width=45))
+    assert read(path, chunk_size=chunk_size) == read(path)
+    content = path.read_bytes()
+    assert b"".join(chunk.data for chunk in read_chunks([path], chunk_size)) == content
+    bad = write(tmp_path / "y.fasta", content + f"{end}>z{end}AC{end}A1{end}".encode())
+    line = content.decode().replace("\r\n", "\n").replace("\r", "\n").count("\n") + 4
+    with pytest.raises(DataError, match=f"line {line}: '1' in record z"):
+        read(bad, STRICT, chunk_size)
+    assert len(list(read_chunks([path], 1))) >= len(RECORDS)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 40, None])
+def test_chunks_of_text(tmp_path, chunk_size):
+    path = write(tmp_path / "x.txt", b"one\ntwo\n\n  \nthree\n \t\r\nfour\n\n\n\nfive")
+    texts = [document.text for document in read(path, chunk_size=chunk_size)[0]]
+    assert texts == ["one\ntwo", "three", "four", "five"]
+    lines = write(tmp_path / "x.jsonl", b'{"text": "a"}\n\n{"text": "b"}\n{"text": 1}')
+    with pytest.raises(DataError, match="line 4"):
+        read(lines, chunk_size=chunk_size)
+
+
+def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.sources.LONGEST_DOCUMENT", 1 << 21)
+    path = write(tmp_path / "x.fasta", b">a\n" + b"A" * (5 << 20))
+    with pytest.raises(DataError, match="a document is longer than 2,097,152 bytes"):
+        read(path)
+
+
+def test_another_field_of_json_lines(tmp_path):
+    path = write(tmp_path / "x.jsonl.zst", zstandard.compress(b'{"content": "x", "text": ""}\n'))
+    documents, _ = read(path, ReadOptions(field="content"))
+    assert [document.text for document in documents] == ["x"]
+    with pytest.raises(DataError, match=r"line 1: expected .* 'code'"):
+        read(path, ReadOptions(field="code"))
+    with pytest.raises(DataError, match="holds no document"):
+        read(path)
 
 
 def test_id_hash_is_stable_and_independent_between_purposes():

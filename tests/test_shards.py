@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
+from datasets import load_dataset
 
 from s2t2_dist import artifacts
 from s2t2_dist.errors import ArtifactError, DataError
@@ -102,11 +103,46 @@ def test_altered_shards_are_found(tmp_path):
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     assert len(ShardReader(data, "train")) == 25  # the size is right, and that is all it looks at
-    with pytest.raises(ArtifactError, match=r"shard-00000\.arrow was altered"):
-        ShardReader(data, "train", verify="full")
+    altered = r"train/shard-00000\.arrow was altered.*\(train rows 0 to 24\)"
+    for split in ("train", "validation"):
+        with pytest.raises(ArtifactError, match=altered):
+            ShardReader(data, split, verify="full")
     shard.write_bytes(content[:-1])
-    with pytest.raises(ArtifactError, match="bytes, the manifest says"):
+    with pytest.raises(ArtifactError, match=r"bytes, the manifest says .*\(train rows 0 to 24\)"):
         ShardReader(data, "train")
+    shard.unlink()
+    with pytest.raises(ArtifactError, match=r"shard-00000\.arrow is missing.*\(train rows 0 to 24"):
+        ShardReader(data, "validation")
+
+
+def test_every_flipped_byte_is_found(tmp_path):
+    data = make_data(tmp_path / "d", [list(range(2, 200))], 8)
+    for path in data.rglob("*"):
+        if not path.is_file():
+            continue
+        original = path.read_bytes()
+        for place in np.linspace(0, len(original) - 1, 9, dtype=int):
+            content = bytearray(original)
+            content[place] ^= 0x10
+            path.write_bytes(content)
+            named = "manifest" if path.name == "COMPLETE" else path.name
+            with pytest.raises(ArtifactError, match=named):
+                ShardReader(data, "train", verify="full")
+        path.write_bytes(original)
+    assert len(ShardReader(data, "train", verify="full")) == 25
+
+
+def test_datasets_loads_the_same_files(tmp_path):
+    documents = [list(range(2, 200)), list(range(7, 50))]
+    data = make_data(tmp_path / "d", documents, 8)
+    files = str(data / "train" / "*.arrow")
+    loaded = load_dataset("arrow", data_files=files, split="train", cache_dir=str(tmp_path / "c"))
+    reader = ShardReader(data, "train")
+    assert len(loaded) == len(reader)
+    for i, row in enumerate(loaded):
+        assert row["tokens"] == reader[i].tolist()
+        assert row["length"] == reader.length(i)
+        assert row["document_starts"] == reader.document_starts(i).tolist()
 
 
 def test_require_tokenizer_names_both_hashes(tmp_path):

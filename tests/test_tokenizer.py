@@ -9,7 +9,9 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
+from data_prep import trainers
 from data_prep.readers import RARE_RESIDUES, RESIDUES, Document, id_hash
+from data_prep.statistics import statistics_of, sweep
 from data_prep.tokenizer import load_tokenizer, sample_documents, train_tokenizer
 from s2t2_dist import artifacts
 from s2t2_dist.errors import ArtifactError, DataError
@@ -174,3 +176,106 @@ def test_bad_tokenizer_folders(tmp_path, text_dir):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "a"}')
     with pytest.raises(DataError, match="decoder"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
+def test_sentencepiece_proteins_cut_as_sentencepiece_cuts(tmp_path, algorithm, monkeypatch):
+    learned = []
+    real = trainers._learn_pieces
+
+    def remember(*arguments):
+        learned.append(real(*arguments))
+        return learned[-1]
+
+    monkeypatch.setattr(trainers, "_learn_pieces", remember)
+    fasta = write_fasta(tmp_path / "p.fasta", proteins())
+    train_tokenizer([fasta], tmp_path / "t", 80, kind="sentencepiece", algorithm=algorithm)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "t")
+    assert len(tokenizer) == 80
+    assert [tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id] == [0, 1, 2]
+    scores = dict(learned[0])
+    for text in [*proteins(50, seed=1).values(), RESIDUES + RARE_RESIDUES]:
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == text
+        pieces = tokenizer.convert_ids_to_tokens(ids)
+        if algorithm == "bpe":
+            assert pieces == merge_by_score(text, scores)
+        else:  # ties between equal sums may fall either way; scores have 24 bits
+            assert sum(scores[p] for p in pieces) == pytest.approx(best_sum(text, scores), rel=1e-5)
+    assert tokenizer("AC#D")["input_ids"].count(2) == 1
+
+
+def merge_by_score(text, scores):
+    """SentencePiece's BPE, from its definition: always the neighbours with the best piece."""
+    parts = list(text)
+    while True:
+        joined = [(scores.get(a + b), -i) for i, (a, b) in enumerate(pairwise(parts))]
+        best = max((each for each in joined if each[0] is not None), default=None)
+        if best is None:
+            return parts
+        i = -best[1]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+def best_sum(text, scores):
+    """The unigram model's best segmentation, by dynamic programming."""
+    best = [0.0] + [float("-inf")] * len(text)
+    for end in range(1, len(text) + 1):
+        for start in range(max(0, end - 32), end):
+            if text[start:end] in scores:
+                best[end] = max(best[end], best[start] + scores[text[start:end]])
+    return best[-1]
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
+def test_sentencepiece_text_gives_every_text_back(tmp_path, algorithm):
+    texts = [f"{text} {i}" for text in PROSE for i in range(40)]
+    source = write_jsonl(tmp_path / "t.jsonl", texts)
+    train_tokenizer([source], tmp_path / "t", 275, kind="sentencepiece", algorithm=algorithm)
+    loaded = load_tokenizer(tmp_path / "t")
+    for text in [*PROSE, "unseen \u4e2d\u6587 \u2581 under"]:
+        ids = loaded.backend.encode(text, add_special_tokens=False).ids
+        assert b"".join(loaded.token_texts[i] for i in ids) == text.encode()
+        assert AutoTokenizer.from_pretrained(tmp_path / "t").decode(ids) == text
+    assert loaded.vocab_size == 275
+
+
+def test_sentencepiece_mistakes(tmp_path):
+    fasta = write_fasta(tmp_path / "p.fasta", {"a": "ACACACDEDEDE"})
+    with pytest.raises(DataError, match=r"SentencePiece cannot make 5.. pieces"):
+        train_tokenizer([fasta], tmp_path / "t", 512, kind="sentencepiece", algorithm="unigram")
+    with pytest.raises(DataError, match="--kind sentencepiece"):
+        train_tokenizer([fasta], tmp_path / "t", 40, algorithm="unigram")
+
+
+def test_statistics_count_every_token(tmp_path, protein_dir):
+    fasta = write_fasta(tmp_path / "p.fasta", proteins(20, seed=3))
+    found = statistics_of(protein_dir, [fasta], 10**9)
+    tokenizer = AutoTokenizer.from_pretrained(protein_dir)
+    counts = Counter(i for t in proteins(20, seed=3).values() for i in tokenizer(t)["input_ids"])
+    assert {i: n for i, n in enumerate(found.counts_V.tolist()) if n} == counts
+    assert found.characters_per_token == found.characters / counts.total()
+    assert found.counts_V[found.most_used[0]] == max(counts.values())
+    assert len(found.texts[found.longest[0]]) == max(map(len, found.texts))
+    assert all(counts[i] == 0 and found.texts[i] for i in found.unused)
+
+
+def test_sweep_compresses_more_with_more_tokens(tmp_path):
+    fasta = write_fasta(tmp_path / "p.fasta", proteins())
+    found = sweep([fasta], [32, 64, 128], "bpe", "bpe", 10**9)
+    rates = [found[size].characters_per_token for size in (32, 64, 128)]
+    assert 1 < rates[0] < rates[1] < rates[2]
+    assert [len(found[size].texts) for size in (32, 64, 128)] == [32, 64, 128]
+    # Measured on every fifth document of the sample, in hash order.
+    documents = sample_documents((Document(*item) for item in proteins().items()), 10**9)
+    assert found[64].characters == sum(len(document.text) for document in documents[::5])
+
+
+def test_sizes_from_32_to_32768(tmp_path):
+    rng = random.Random(0)
+    motifs = ["".join(rng.choices(RESIDUES, k=6)) for _ in range(30_000)]
+    texts = {f"p{i}": "".join(rng.choices(motifs, k=60)) for i in range(3000)}
+    fasta = write_fasta(tmp_path / "p.fasta", texts)
+    for size in (32, 32_768):
+        assert train_tokenizer([fasta], tmp_path / str(size), size)
+        assert load_tokenizer(tmp_path / str(size)).vocab_size == size

@@ -6,18 +6,13 @@ keep an entry's iterates in registers. Without a C++ compiler torch does the wor
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
 from pathlib import Path
 
 import torch
 
+from s2t2_dist.compiled import load_compiled
+
 SOURCE = Path(__file__).with_name("native.cpp")
-FLAGS = "-std=c++17 -O3 -march=native -fopenmp-simd -fno-trapping-math -shared -fPIC -pthread"
 REALS = {torch.float32: "float", torch.float64: "double"}  # compiled when first asked for
 
 
@@ -50,45 +45,8 @@ def _as_c(argument: object):
 
 @functools.cache
 def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The compiled code for a dtype; compiled and kept for later processes if need be."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        _log("no C++ compiler was found; set CXX")
-        return None
-    path = _cache_folder() / f"s2t2-{REALS[dtype]}-{_machine_hash(compiler)}.so"
-    if not path.exists():
-        # Several ranks may compile at once: each renames a file of its own.
-        temporary = path.with_suffix(f".{os.getpid()}")
-        command = [compiler, *FLAGS.split(), f"-DREAL={REALS[dtype]}", str(SOURCE)]
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            command += ["-o", str(temporary)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            temporary.replace(path)
-        except (OSError, subprocess.CalledProcessError) as error:
-            _log(getattr(error, "stderr", None) or str(error))
-            return None
-    return ctypes.CDLL(str(path))
-
-
-def _cache_folder() -> Path:
-    default = Path.home() / ".cache" / "torch_extensions"
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR", default)) / "s2t2_dist"
-
-
-def _machine_hash(compiler: str) -> str:
-    """What the compiled code depends on. Nodes of different kinds may share a home folder."""
-    parts = [SOURCE.read_text(), Path(__file__).read_text(), compiler, platform.machine()]
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        parts += [line for line in lines if line.startswith(("flags", "Features"))][:1]
-    except OSError:
-        pass
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-def _log(problem: str) -> None:
-    logging.getLogger(__name__).warning(
-        "the solver's passes could not be compiled, and torch's slower ones are used: %s",
-        problem.strip().splitlines()[-1],
+    return load_compiled(
+        SOURCE,
+        "the solver's passes could not be compiled, and torch's slower ones are used",
+        define=f"REAL={REALS[dtype]}",
     )

@@ -1,0 +1,268 @@
+"""The commands `s2t2 tokenizer` and `s2t2 data`, and the options that they share.
+
+Commands import what they need when they run, so that `s2t2 --help` answers at once.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer on the new domain.")
+data_app = typer.Typer(no_args_is_help=True, help="Turn FASTA or text into training rows.")
+
+Inputs = Annotated[
+    list[Path],
+    typer.Argument(help="FASTA, .jsonl or .txt files, as they are or compressed (.gz, .zst)."),
+]
+OutDir = Annotated[Path, typer.Option("--out", help="Folder to make; never overwritten.")]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict", help="Refuse what is otherwise left out and counted: bad letters, no text."
+    ),
+]
+TextField = Annotated[str, typer.Option("--field", help="Of a JSON line, that holds the text.")]
+
+
+KindOption = Annotated[
+    Literal["bpe", "sentencepiece"],
+    typer.Option("--kind", help="Which library trains: tokenizers (BPE) or SentencePiece."),
+]
+AlgorithmOption = Annotated[
+    Literal["bpe", "unigram"],
+    typer.Option("--algorithm", help="Unigram only with --kind sentencepiece."),
+]
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    inputs: Inputs,
+    out: OutDir,
+    vocab_size: Annotated[
+        int, typer.Option(min=1, help="Tokens in all, special tokens included.")
+    ] = 512,
+    sample: Annotated[
+        int, typer.Option(min=1, max=2**31 - 1, help="Characters to train on (90 bytes each).")
+    ] = 20_000_000,
+    kind: KindOption = "bpe",
+    algorithm: AlgorithmOption = "bpe",
+    strict: Strict = False,
+    field: TextField = "text",
+):
+    """Train a tokenizer: over amino acid letters for FASTA, byte-level for text.
+
+    Trains on the documents whose ids hash lowest, so the sample does not depend on file order.
+
+    Example: `s2t2 tokenizer train uniref50.fasta.gz --vocab-size 512 --out tokenizers/protein`
+    """
+    from data_prep.readers import ReadOptions
+    from data_prep.tokenizer import train_tokenizer
+
+    read = ReadOptions(strict, field)
+    made = train_tokenizer(inputs, out, vocab_size, sample, read, kind, algorithm)
+    _report(out, made)
+
+
+@tokenizer_app.command("stats")
+def tokenizer_stats(
+    tokenizer: Annotated[Path, typer.Argument(help="Folder with tokenizer.json.")],
+    inputs: Inputs,
+    sample: Annotated[int, typer.Option(min=1, help="Characters to encode.")] = 5_000_000,
+    top: Annotated[int, typer.Option(min=1, help="Tokens to list of each kind.")] = 10,
+    field: TextField = "text",
+):
+    """Print how a tokenizer cuts a corpus: compression, use of its tokens, the longest ones.
+
+    Example: `s2t2 tokenizer stats tokenizers/protein uniref50.fasta.gz`
+    """
+    from data_prep.readers import ReadOptions
+    from data_prep.statistics import statistics_of
+
+    found = statistics_of(tokenizer, inputs, sample, ReadOptions(field=field))
+    tokens = int(found.counts_V.sum())
+    print(f"{found.characters:,} characters, {tokens:,} tokens")
+    print(f"{found.characters_per_token:.3f} characters per token")
+    print(f"{len(found.unused)} tokens are not used: {_spelled(found, found.unused[:top])}")
+    print(f"most used: {_spelled(found, found.most_used[:top])}")
+    print(f"longest: {_spelled(found, found.longest[:top])}")
+
+
+@tokenizer_app.command("sweep")
+def tokenizer_sweep(
+    inputs: Inputs,
+    sizes: Annotated[
+        str, typer.Option(help="Vocabulary sizes, with commas between them.")
+    ] = "32,64,128,256,512,1024,2048,4096,8192",
+    kind: KindOption = "bpe",
+    algorithm: AlgorithmOption = "bpe",
+    sample: Annotated[int, typer.Option(min=1, help="Characters to use.")] = 2_000_000,
+    field: TextField = "text",
+):
+    """Print compression against vocabulary size, on documents that were not trained on.
+
+    Example: `s2t2 tokenizer sweep uniref50.fasta.gz --sizes 128,512,2048`
+    """
+    from data_prep.readers import ReadOptions
+    from data_prep.statistics import sweep
+
+    try:
+        numbers = [int(size) for size in sizes.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{sizes!r} is not a list of numbers like 128,512") from None
+    read = ReadOptions(field=field)
+    print(f"{'size':>7} {'characters/token':>17} {'not used':>9} {'longest':>8}")
+    for size, found in sweep(inputs, numbers, kind, algorithm, sample, read).items():
+        longest = len(found.texts[found.longest[0]])
+        shown = f"{found.characters_per_token:>17.3f} {len(found.unused):>9} {longest:>8}"
+        print(f"{size:>7} {shown}")
+
+
+@data_app.command("build")
+def data_build(
+    inputs: Inputs,
+    out: OutDir,
+    tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json.")],
+    context: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
+    validation_fraction: Annotated[
+        float, typer.Option(help="Share of documents held out, by the hash of their ids.")
+    ] = 0.01,
+    characters: Annotated[
+        bool, typer.Option("--characters", help="One token for every character.")
+    ] = False,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**31 - 1, help="Of the document order; not of the split.")
+    ] = 0,
+    packing: Annotated[
+        Literal["concatenate", "best-fit"],
+        typer.Option(help="End to end, or no document cut that fits into a row."),
+    ] = "concatenate",
+    drop_ids: Annotated[
+        Path | None, typer.Option(help="File of ids to leave out, first on each line.")
+    ] = None,
+    strict: Strict = False,
+    field: TextField = "text",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes of this rank. Default: its cores.")
+    ] = None,
+    rank: Annotated[
+        int, typer.Option(envvar="RANK", min=0, help="Which share of the work to do.")
+    ] = 0,
+    ranks: Annotated[
+        int, typer.Option(envvar="WORLD_SIZE", min=1, help="How many share the work.")
+    ] = 1,
+    only: Annotated[
+        Literal["encode", "pack", "seal"] | None,
+        typer.Option(help="One step, for ranks that run at different times."),
+    ] = None,
+):
+    """Tokenize documents into Arrow shards of fixed-length rows, split into train and validation.
+
+    A build that was killed goes on when the command is run again. Many machines: see docs/data.md.
+
+    Example: `s2t2 data build uniref50.fasta.gz --tokenizer tokenizers/protein --out data/protein`
+    """
+    from data_prep.build import BuildOptions, Jobs, build_shards
+    from data_prep.readers import ReadOptions
+
+    options = BuildOptions(
+        context,
+        validation_fraction,
+        characters,
+        seed,
+        packing,
+        drop_ids,
+        ReadOptions(strict, field),
+    )
+    jobs = Jobs(workers or _own_cores(), rank, ranks, only)
+    made = build_shards(inputs, tokenizer, out, options, jobs)
+    if only in (None, "seal") and rank == 0:
+        _report(out, made)
+
+
+@data_app.command("ids")
+def data_ids(
+    inputs: Inputs,
+    split: Annotated[str, typer.Option(help="train or validation.")],
+    validation_fraction: Annotated[float, typer.Option(help="As for `data build`.")] = 0.01,
+):
+    """Print the ids of a split, one a line, before anything is built; for a homology filter.
+
+    Example: `s2t2 data ids uniref50.fasta.gz --split validation > validation.ids`
+    """
+    from data_prep.build import is_validation
+    from data_prep.readers import read_documents
+    from s2t2_dist.shards import SPLITS
+
+    if split not in SPLITS:
+        raise typer.BadParameter(f"{split!r} is none of {', '.join(SPLITS)}")
+    for document in read_documents(inputs):
+        if SPLITS[is_validation(document.id, validation_fraction)] == split:
+            print(document.id)
+
+
+@data_app.command("check-release")
+def data_check_release(
+    directory: Annotated[Path, typer.Argument(help="A UniRef download with RELEASE.metalink.")],
+):
+    """Check a UniRef download by the size and md5 that its release states.
+
+    Leaves release.json there; `data build` then names the release in the manifest.
+
+    Example: `s2t2 data check-release downloads/uniref50`
+    """
+    from data_prep.release import check_release
+
+    record = check_release(directory)
+    for name in record["files"]:
+        print(f"{name} is of release {record['version']}")
+
+
+@data_app.command("verify")
+def data_verify(
+    directory: Annotated[Path, typer.Argument(help="What `s2t2 data build` made.")],
+):
+    """Check every file of a data folder against its manifest and print what it holds.
+
+    Example: `s2t2 data verify data/protein`
+    """
+    from s2t2_dist.shards import SPLITS, ShardReader
+
+    for split in SPLITS:
+        reader = ShardReader(directory, split, verify="full" if split == SPLITS[0] else "size")
+        held = reader.metadata["splits"][split]
+        print(
+            f"{split}: {held['documents']:,} documents, {held['bytes']:,} bytes, "
+            f"{held['tokens']:,} tokens in {held['rows']:,} rows of {reader.context}"
+        )
+    print(f"{directory} is complete and unaltered")
+
+
+def _spelled(found, tokens: list[int]) -> str:
+    """Tokens with their share of all, such as "LL 1.20%"."""
+    total = found.counts_V.sum()
+    return ", ".join(
+        f"{found.texts[i].decode('utf-8', 'replace')!r} {found.counts_V[i] / total:.2%}"
+        for i in tokens
+    )
+
+
+def _own_cores() -> int:
+    """Cores that this process may use, shared with the other ranks of its machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # What DeepSpeed's launcher and torchrun say.
+    here = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"
+    return max(1, (cores or 1) // int(here))
+
+
+def _report(out: Path, made: bool) -> None:
+    """Say what was made, and on stderr what of the input was changed or left out."""
+    from data_prep.readers import ReadCounts
+    from s2t2_dist import artifacts
+
+    print(f"{out} written" if made else f"{out} is already complete")
+    summary = ReadCounts.of(artifacts.read_manifest(out).get("reading", {})).summary()
+    if summary:
+        print(f"note: {summary}", file=sys.stderr)

@@ -1,0 +1,111 @@
+"""Encoded chunks on disk: one Arrow file each, sorted, so that any range of keys is a slice.
+
+A part holds one record batch for each split, its documents by ascending key, and in its metadata
+what was counted while it was made. A range of keys over all parts, merged, is what packing reads.
+
+Index letters: D documents, N their token ids end to end.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from s2t2_dist import artifacts
+from s2t2_dist.shards import SPLITS
+
+COUNTS_KEY = b"counts"
+
+
+class Documents(NamedTuple):
+    """Documents by ascending key: their token ids end to end, and the length of each."""
+
+    keys_D: np.ndarray
+    lengths_D: np.ndarray
+    tokens_N: np.ndarray
+
+
+def part_path(directory: Path, number: int) -> Path:
+    """Where a part is."""
+    return directory / f"part-{number:06d}.arrow"
+
+
+def write_part(path: Path, splits: Sequence[Documents], counts: dict, temporary: str) -> None:
+    """Write one part atomically.
+
+    Args:
+        splits: one for each of SPLITS.
+        temporary: makes the name of the temporary file this process's own.
+    """
+    tokens_type = pa.list_(pa.from_numpy_dtype(splits[0].tokens_N.dtype))
+    schema = pa.schema(
+        [("key", pa.uint64()), ("tokens", tokens_type)],
+        metadata={COUNTS_KEY: json.dumps(counts).encode()},
+    )
+    scratch = path.with_name(f"{path.name}.{temporary}")
+    with scratch.open("wb") as sink, pa.ipc.new_file(sink, schema) as file:
+        for keys, lengths, tokens in splits:
+            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+            lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens))
+            file.write_batch(pa.record_batch([pa.array(keys), lists], schema=schema))
+    artifacts.fsync_path(scratch)
+    scratch.replace(path)
+
+
+def reorder(documents: Documents, order: np.ndarray) -> Documents:
+    """The chosen documents, in this order."""
+    keys_D, lengths_D, tokens_N = documents
+    ends_D = np.cumsum(lengths_D)
+    spans = zip((ends_D - lengths_D)[order].tolist(), ends_D[order].tolist(), strict=True)
+    texts = [tokens_N[first:end] for first, end in spans]
+    tokens = np.concatenate(texts) if texts else tokens_N[:0]
+    return Documents(keys_D[order], lengths_D[order], tokens)
+
+
+def read_counts(path: Path) -> dict:
+    """What `write_part` was given as `counts`."""
+    return json.loads(pa.ipc.open_file(pa.memory_map(str(path))).schema.metadata[COUNTS_KEY])
+
+
+def tokens_before(path: Path, split: str, edges: np.ndarray) -> np.ndarray:
+    """How many tokens of a split belong to keys below each edge (uint64), then all of them."""
+    keys, tokens = _columns(path, split)
+    bounds = np.append(np.searchsorted(keys, edges), len(keys))
+    return tokens.offsets.to_numpy()[bounds].astype(np.int64)
+
+
+def read_lengths(paths: Sequence[Path], split: str, first: int, end: int) -> np.ndarray:
+    """`lengths_D` of `read_range`, without reading tokens."""
+    slices = [_slice(path, split, first, end) for path in paths]
+    keys_D = np.concatenate([keys for keys, _, _ in slices])
+    lengths_D = np.concatenate([np.diff(offsets) for _, offsets, _ in slices])
+    return lengths_D[np.argsort(keys_D, kind="stable")].astype(np.int64)
+
+
+def read_range(paths: Sequence[Path], split: str, first: int, end: int) -> Documents:
+    """Documents with keys in [first, end), by key; equal keys as in the files."""
+    found = []
+    for path in paths:
+        keys, offsets, tokens = _slice(path, split, first, end)
+        # Copies, so that no page of the part stays mapped.
+        values = tokens[int(offsets[0]) : int(offsets[-1])].to_numpy().copy()
+        found.append((keys.copy(), np.diff(offsets).astype(np.int64), values))
+    merged = Documents(*map(np.concatenate, zip(*found, strict=True)))
+    return reorder(merged, np.argsort(merged.keys_D, kind="stable"))
+
+
+def _slice(path: Path, split: str, first: int, end: int) -> tuple[np.ndarray, np.ndarray, pa.Array]:
+    """Keys in [first, end), the token offsets around them, and all tokens; memory-mapped."""
+    keys, tokens = _columns(path, split)
+    low = int(np.searchsorted(keys, np.uint64(first)))
+    high = len(keys) if end >> 64 else int(np.searchsorted(keys, np.uint64(end)))
+    return keys[low:high], tokens.offsets.to_numpy()[low : high + 1], tokens.values
+
+
+def _columns(path: Path, split: str) -> tuple[np.ndarray, pa.ListArray]:
+    """Keys and token lists of a split, memory-mapped."""
+    batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(SPLITS.index(split))
+    return batch.column("key").to_numpy(), batch.column("tokens")

@@ -1,0 +1,163 @@
+"""Texts -> a tokenizer: BPE by `tokenizers`, BPE or unigram by SentencePiece; in one file format.
+
+Proteins: an alphabet of 26 letters, no pre-tokenizer, an unknown token (a BPE model without one
+drops unknown characters silently) and a decoder that joins without spaces. Text: byte-level, its
+words cut as GPT-2 does. SentencePiece learns pieces of the same words, with its own handling of
+blanks and Unicode switched off; what it learned is written as a `tokenizers` model.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import sentencepiece
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from data_prep.readers import RARE_RESIDUES, RESIDUES
+from s2t2_dist.errors import DataError
+
+Kind = Literal["bpe", "sentencepiece"]
+Algorithm = Literal["bpe", "unigram"]
+
+# Longer merges memorise repeats and boilerplate instead of the domain.
+MAX_TOKEN_LENGTH = 32
+# A pair seen once is noise, not a unit.
+MIN_FREQUENCY = 2
+# SentencePiece's BPE counts positions of a word in 16 bits.
+LONGEST_WORD = 60_000
+
+PROTEIN_SPECIAL = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+TEXT_SPECIAL = {"eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}
+
+
+def train(
+    texts: Sequence[str], vocab_size: int, protein: bool, kind: Kind, algorithm: Algorithm
+) -> Tokenizer:
+    """Train a tokenizer of exactly `vocab_size` tokens, special tokens included.
+
+    Raises:
+        DataError: the size is below the alphabet's, or the texts do not yield so many tokens.
+    """
+    special = special_tokens(protein)
+    alphabet = list(RESIDUES + RARE_RESIDUES)
+    if not protein:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    smallest = len(special) + len(alphabet)
+    if vocab_size < smallest:
+        raise DataError(
+            f"a vocabulary of {vocab_size} is too small: the alphabet and the special tokens "
+            f"are {smallest}"
+        )
+    if kind == "bpe":
+        tokenizer = Tokenizer(models.BPE(unk_token=special.get("unk_token")))
+    else:
+        tokenizer = Tokenizer(_sentencepiece(texts, vocab_size, special, alphabet, algorithm))
+    if not protein:
+        tokenizer.pre_tokenizer = _byte_level()
+    tokenizer.decoder = decoders.Fuse() if protein else decoders.ByteLevel()
+    if kind == "bpe":
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(special.values()),
+            initial_alphabet=alphabet,
+            max_token_length=MAX_TOKEN_LENGTH,
+            min_frequency=MIN_FREQUENCY,
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+    else:
+        tokenizer.add_special_tokens(list(special.values()))
+    if tokenizer.get_vocab_size() < vocab_size:
+        raise DataError(
+            f"the data yield only {tokenizer.get_vocab_size()} tokens, {vocab_size} were asked "
+            f"for; ask for fewer or give more data"
+        )
+    return tokenizer
+
+
+def special_tokens(protein: bool) -> dict[str, str]:
+    """Names and spellings; their ids are their places."""
+    return PROTEIN_SPECIAL if protein else TEXT_SPECIAL
+
+
+def _byte_level() -> pre_tokenizers.ByteLevel:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def _words(texts: Sequence[str], protein: bool, alphabet: list[str]) -> Iterator[str]:
+    """What SentencePiece sees as sentences: whole proteins, or words in the byte-level alphabet.
+
+    The alphabet comes first: SentencePiece leaves out a required character that it never met.
+    """
+    yield "".join(alphabet)
+    for text in texts:
+        words = [text] if protein else [word for word, _ in _byte_level().pre_tokenize_str(text)]
+        for word in words:
+            yield from (word[i : i + LONGEST_WORD] for i in range(0, len(word), LONGEST_WORD))
+
+
+def _sentencepiece(
+    texts: Sequence[str],
+    vocab_size: int,
+    special: dict[str, str],
+    alphabet: list[str],
+    algorithm: Algorithm,
+) -> models.Model:
+    count = vocab_size - len(special) + 1  # it counts an unknown token of its own
+    pieces = _learn_pieces(texts, count, "unk_token" in special, alphabet, algorithm)
+    first = list(special.values())
+    if algorithm == "unigram":
+        scored = [*((token, 0.0) for token in first), *pieces]
+        unknown = first.index(special["unk_token"]) if "unk_token" in special else None
+        return models.Unigram(scored, unknown, False)
+    vocabulary = {token: i for i, token in enumerate([*first, *(piece for piece, _ in pieces)])}
+    return models.BPE(vocabulary, _merges(pieces), unk_token=special.get("unk_token"))
+
+
+def _learn_pieces(
+    texts: Sequence[str], count: int, protein: bool, alphabet: list[str], algorithm: Algorithm
+) -> list[tuple[str, float]]:
+    """(piece, score) by id, without SentencePiece's own unknown token."""
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_words(texts, protein, alphabet),
+            model_writer=model,
+            model_type=algorithm,
+            vocab_size=count,
+            required_chars="".join(alphabet),
+            character_coverage=1.0,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            split_by_unicode_script=False,
+            split_by_number=False,
+            split_by_whitespace=False,
+            max_sentencepiece_length=MAX_TOKEN_LENGTH,
+            max_sentence_length=4 * LONGEST_WORD,
+            unk_id=0,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise DataError(
+            f"SentencePiece cannot make {count} pieces of the data ({str(error).strip()[-150:]}); "
+            "ask for fewer or give more data"
+        ) from None
+    learned = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    return [(learned.id_to_piece(i), learned.get_score(i)) for i in range(1, len(learned))]
+
+
+def _merges(pieces: list[tuple[str, float]]) -> list[tuple[str, str]]:
+    """Every way to make a piece of two others, best piece first: SentencePiece merges by piece."""
+    known = {piece for piece, _ in pieces}
+    by_score = sorted((piece for piece in pieces if len(piece[0]) > 1), key=lambda p: -p[1])
+    return [
+        (piece[:cut], piece[cut:])
+        for piece, _ in by_score
+        for cut in range(1, len(piece))
+        if piece[:cut] in known and piece[cut:] in known
+    ]

@@ -1,0 +1,134 @@
+"""Random bytes as FASTA: no crash, and every byte is a residue, a line end, or counted.
+
+The oracle reads byte by byte and shares nothing with the reader but the alphabet.
+"""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from data_prep.readers import LETTERS, ReadCounts, ReadOptions, parse_chunk, read_documents
+from data_prep.sources import Chunk, _cut
+from s2t2_dist.errors import DataError
+
+PIECES = [
+    *[b"\n", b"\r\n", b"\r", b">", b"\n>", b"*", b" ", b"\t", b"\n\n", b"*\n>", b"\x0b"],
+    *[b">id", b">id two words", b"ACDEF", b"acx", b"MK", b"W" * 70],
+    *[b"-", b"1", b"\x00", b"\xff", b"\xc3\xa9"],
+]
+CONTENT = st.lists(st.sampled_from(PIECES), max_size=40).map(b"".join) | st.binary(max_size=60)
+SIZES = [1, 3, 10, 50, 10**6]
+# Drawing an example takes twenty times as long as checking it, so the long test makes several of
+# each draw: a length, a chunk size, and as many bytes that stand for pieces or for themselves.
+CASE_BYTES, CASES = 42, 12
+
+
+def cases_of(drawn: bytes) -> list[tuple[bytes, int]]:
+    """(content, chunk size) of every CASE_BYTES bytes."""
+    cases = []
+    for first in range(0, len(drawn), CASE_BYTES):
+        length, choice, *codes = drawn[first : first + CASE_BYTES]
+        codes = codes[: length % CASE_BYTES]
+        pieces = [PIECES[code % len(PIECES)] for code in codes]
+        content = bytes(codes) if choice & 1 else b"".join(pieces)
+        cases.append((content, SIZES[(choice >> 1) % len(SIZES)]))
+    return cases
+
+
+def oracle(data: bytes) -> tuple[list[bytes], ReadCounts]:
+    """Sequences of the records with residues, and the counts, one byte at a time."""
+    text = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").lstrip()
+    counts, sequences = ReadCounts(), []
+    for record in (b"\n" + text).split(b"\n>")[1:]:
+        header, *lines = record.split(b"\n")
+        body = [byte for line in lines for byte in line.strip(b" \t")]
+        if body[-1:] == [ord("*")]:
+            body.pop()
+            counts.stops += 1
+        kept = bytearray()
+        for byte in body:
+            upper = byte - 32 if ord("a") <= byte <= ord("z") else byte
+            if upper in LETTERS:
+                kept.append(upper)
+                counts.lower_case += upper != byte
+            else:
+                counts.illegal[repr(chr(byte).encode("ascii", "backslashreplace").decode())] += 1
+        if kept:
+            sequences.append(bytes(kept))
+            counts.unnamed += not header.strip()
+        else:
+            counts.empty += 1
+    counts.documents, counts.characters = len(sequences), sum(map(len, sequences))
+    return sequences, counts
+
+
+def check(data: bytes, size: int) -> None:
+    """The reader agrees with the oracle, cut into chunks of any size."""
+    blocks = [data[i : i + 7] for i in range(0, len(data), 7)]
+    counts, texts, line = ReadCounts(), [], 1
+    for number, part in enumerate(_cut(Path("x"), "fasta", iter(blocks), size)):
+        chunk = Chunk(number, Path("x"), "fasta", line, part)
+        documents, found = parse_chunk(chunk, ReadOptions())
+        counts.add(found)
+        texts += [document.text.encode() for document in documents]
+        line += 1 + part.count(b"\n")
+    sequences, expected = oracle(data)
+    assert texts == sequences
+    counts.places = []
+    assert counts == expected
+
+
+def with_start(data: bytes) -> bytes:
+    """What `detect_format` lets through: the first byte that is not blank is '>'."""
+    return data if data.lstrip().startswith(b">") or not data.strip() else b">" + data
+
+
+def fuzz(examples):
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@fuzz(1000)
+@given(CONTENT, st.sampled_from(SIZES))
+@example(b" \n >a\nAC", 1)
+@example(b">a\r\nAC\r\n>b\rDE\r\r>c", 1)
+def test_the_reader_loses_nothing(data, size):
+    check(with_start(data), size)
+
+
+@pytest.mark.slow
+def test_the_reader_loses_nothing_in_200_000_cases():
+    seen = set()
+
+    @fuzz(19_000)
+    @given(st.binary(min_size=CASES * CASE_BYTES, max_size=CASES * CASE_BYTES))
+    def fuzzed(drawn):
+        for content, size in cases_of(drawn):
+            data = with_start(content)
+            check(data, size)
+            seen.add(hash((data, size)))
+
+    fuzzed()
+    assert len(seen) >= 200_000  # different ones
+
+
+@fuzz(300)
+@given(st.binary(max_size=80) | CONTENT, st.booleans())
+def test_any_file_is_read_or_refused(data, strict):
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "x"
+        path.write_bytes(data)
+        try:
+            documents = list(read_documents([path], ReadOptions(strict)))
+        except DataError:
+            return
+    texts, counts = oracle(data)
+    assert [document.text.encode() for document in documents] == texts
+    assert not strict or not (counts.illegal or counts.empty or counts.unnamed)
