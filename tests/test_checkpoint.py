@@ -192,5 +192,7 @@ def test_one_full_disk_is_every_ranks_error(tmp_path):
     """Without agreement rank 0 would wait for rank 1 until the group's timeout."""
     found = run_ranks(_save_where_rank_1_fails, 2, tmp_path, tmp_path / "run", timeout=60)
     assert found[0] == found[1]
-    assert found[0][0].startswith("rank 1: no space left while saving") and found[0][1]
+    message, everywhere = found[0]
+    assert message.startswith("rank 1 on ") and ": no space left while saving" in message
+    assert everywhere
     assert not list((tmp_path / "run/checkpoints").iterdir())
