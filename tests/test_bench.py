@@ -165,7 +165,7 @@ def test_a_sharded_step_sends_what_the_formula_says(tmp_path):
     report = {"machine": measure.machine(1), "runs": [run, run], "checks": [check]}
     tables = [line for line in scaling.markdown(report).splitlines() if line.startswith("| ")]
     # Heads and lines of: one scaling run, one check, 9 + 1 parts of memory, 5 + 1 of traffic.
-    assert len(tables) == 2 + 2 + 11 + 7
+    assert len(tables) == 2 + 2 + 12 + 7
     assert all(cell.strip() for line in tables[:4] for cell in line.strip("|").split("|"))
 
 
