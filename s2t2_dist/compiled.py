@@ -15,6 +15,8 @@ FLAGS = "-std=c++17 -O3 -march=native -fopenmp-simd -fno-trapping-math -shared -
 def load_compiled(source: Path, otherwise: str, define: str = "") -> ctypes.CDLL | None:
     """The library of a C++ file; compiled, and kept for later processes, if need be.
 
+    It may include headers beside it whose names begin with its own.
+
     Args:
         define: `NAME=VALUE` of a macro.
         otherwise: what is done without it, for the log; said where None is returned.
@@ -46,7 +48,8 @@ def _cache_folder() -> Path:
 
 def _machine_hash(source: Path, compiler: str, define: str) -> str:
     """What the compiled code depends on. Nodes of different kinds may share a home folder."""
-    parts = [source.read_text(), FLAGS, define, compiler, platform.machine()]
+    sources = [source, *sorted(source.parent.glob(f"{source.stem}*.h"))]
+    parts = [path.read_text() for path in sources] + [FLAGS, define, compiler, platform.machine()]
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         parts += [line for line in lines if line.startswith(("flags", "Features"))][:1]

@@ -1,0 +1,127 @@
+// What the passes of native.cpp share: threads, sums over rows and columns, the search of a row.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+// A loop over entries is only vectorised where all that it calls is inlined.
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int64_t BLOCK = 32;       // rows whose column sums are added up in T before in double
+constexpr int64_t ROW_BLOCK = 512;  // entries whose row sum is added up in T before in double
+
+template <typename T>
+INLINE T relu(T x) {
+    return x > 0 ? x : 0;
+}
+
+template <typename T>
+INLINE T least(T x, T y) {
+    return x < y ? x : y;
+}
+
+// Calls work(thread, first row, last row) on equal parts of V rows.
+template <typename Work>
+void in_parallel(int64_t V, int64_t threads, Work work) {
+    std::vector<std::thread> others;
+    for (int64_t t = 1; t < threads; ++t)
+        others.emplace_back(work, t, V * t / threads, V * (t + 1) / threads);
+    work(0, 0, V / threads);
+    for (auto& other : others) other.join();
+}
+
+// Column sums of many rows: in T over a block, in double over the blocks.
+template <typename T>
+struct ColumnSums {
+    std::vector<T> block;
+    double* total;
+
+    ColumnSums(int64_t U, double* total) : block(U), total(total) {}
+    void flush() {
+        for (size_t j = 0; j < block.size(); ++j) total[j] += block[j], block[j] = 0;
+    }
+};
+
+// Sum over j of term(j), in T over blocks and in double over those.
+template <typename T, typename Term>
+double row_sum(int64_t U, Term term) {
+    double total = 0;
+    for (int64_t first = 0; first < U; first += ROW_BLOCK) {
+        const int64_t last = std::min(U, first + ROW_BLOCK);
+        T sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = first; j < last; ++j) sum += term(j);
+        total += sum;
+    }
+    return total;
+}
+
+// Count and excess of the entries of a row above a threshold.
+template <typename T>
+void count_and_excess(const T* z, int64_t U, T threshold, double& count, double& excess) {
+    count = excess = 0;
+    for (int64_t first = 0; first < U; first += ROW_BLOCK) {
+        const int64_t last = std::min(U, first + ROW_BLOCK);
+        T number = 0, sum = 0;
+#pragma omp simd reduction(+ : number, sum)
+        for (int64_t j = first; j < last; ++j) {
+            const T over = z[j] - threshold;
+            number += over > 0 ? T(1) : T(0);
+            sum += relu(over);
+        }
+        count += number;
+        excess += sum;
+    }
+}
+
+template <typename T>
+T largest(const T* z, int64_t U) {
+    T top = z[0];
+#pragma omp simd reduction(max : top)
+    for (int64_t j = 0; j < U; ++j) top = z[j] > top ? z[j] : top;
+    return top;
+}
+
+// The threshold at which a row's excess is mu, by Newton's method: see newton_step in simplex.py.
+template <typename T>
+T search_row(const T* z, int64_t U, double mu, T guess, double& count) {
+    const T top = largest(z, U);
+    const T ceiling = std::nextafter(top, std::numeric_limits<T>::lowest());
+    T floor = std::min(T(top - mu), ceiling);
+    T threshold = std::min(std::max(guess, floor), ceiling);
+    double before = -1;
+    while (true) {
+        double excess;
+        count_and_excess(z, U, threshold, count, excess);
+        if (count == before) return threshold;
+        before = count;
+        threshold = std::min(std::max(T(threshold + (excess - mu) / count), floor), ceiling);
+        floor = threshold;
+    }
+}
+
+// What a solve has found so far, and the matrix. columns: null, or which columns to look at (then
+// sigmas hold those alone, and U is their number).
+template <typename T>
+struct Solve {
+    const T* cost;
+    int64_t V, U, row_length;
+    const T *shift, *taus, *sigmas;
+    const int32_t* columns;
+
+    // The first thresholds of row i.
+    template <int COUNT>
+    void thresholds(int64_t i, T (&tau)[COUNT]) const {
+        for (int q = 0; q < COUNT; ++q) tau[q] = taus[q * V + i];
+    }
+};
+
+}  // namespace
