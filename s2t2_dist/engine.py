@@ -223,7 +223,7 @@ class TrainedLM:
         if universal:
             # All of its sub-groups share one tensor then, which each of them would count up.
             for state in self.engine.optimizer.optimizer.state.values():
-                state["step"] = copy.copy(state["step"])
+                state["step"] = copy.deepcopy(state["step"])
 
     def state_dict(self) -> dict[str, torch.Tensor] | None:
         """The whole model's weights on the CPU of rank 0; None elsewhere. A collective."""
