@@ -124,12 +124,9 @@ def find(run_dir: Path, comm: LocalComm, path: Path | None = None) -> tuple[Path
         if not damaged:
             return None
         problems = "; ".join(damaged.values())
-        raise everywhere(
-            ArtifactError(
-                f"no checkpoint to resume from: {problems}; bring one back, or remove them all to "
-                "start again from the beginning"
-            )
-        )
+        if path is None:
+            problems = f"no checkpoint to resume from: {problems}; bring one back, or remove all"
+        raise everywhere(ArtifactError(problems))
     agree(comm, lambda: _set_aside(damaged, found, comm.rank), "setting a checkpoint aside")
     return found, _position(found)
 

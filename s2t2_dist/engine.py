@@ -229,12 +229,15 @@ class TrainedLM:
         DeepSpeed unpickles the files: the caller has checked them.
         """
         self.engine._config.load_universal_checkpoint = universal
-        self.engine.load_checkpoint(str(directory), tag="engine", load_lr_scheduler_states=False)
+        loaded, _ = self.engine.load_checkpoint(
+            str(directory), tag="engine", load_lr_scheduler_states=False
+        )
+        assert loaded is not None, "DeepSpeed found no files, which it says in a warning only"
         self.engine._config.load_universal_checkpoint = False
         if universal:
             # All of its sub-groups share one tensor then, which each of them would count up.
             for state in self.engine.optimizer.optimizer.state.values():
-                state["step"] = copy.copy(state["step"])
+                state["step"] = copy.deepcopy(state["step"])
 
     def state_dict(self) -> dict[str, torch.Tensor] | None:
         """The whole model's weights on the CPU of rank 0; None elsewhere. A collective."""

@@ -4,6 +4,7 @@ Both come from DeepSpeed's shared-memory operation, which every CPU rank loads a
 """
 
 import contextlib
+import logging
 import os
 import time
 from pathlib import Path
@@ -14,6 +15,8 @@ SHARED_MEMORY = Path("/dev/shm")
 # which takes a second, or of one that compiles it, which takes minutes.
 LOOKUP_SECONDS = 10.0
 COMPILE_SECONDS = 600.0
+
+_log = logging.getLogger(__name__)
 
 
 def clear_stale_lock() -> None:
@@ -26,6 +29,8 @@ def clear_stale_lock() -> None:
         compiled = (lock.parent / f"{OPERATION}.so").exists()
         patience = LOOKUP_SECONDS if compiled else COMPILE_SECONDS
         with contextlib.suppress(FileNotFoundError):
+            if time.time() - lock.stat().st_mtime < patience:
+                _log.warning("waiting up to %.0f s for the holder of %s", patience, lock)
             while not _is_held(lock):
                 if time.time() - lock.stat().st_mtime > patience:
                     lock.unlink()

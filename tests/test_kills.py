@@ -10,7 +10,7 @@ import pytest
 from s2t2_dist import artifacts
 from s2t2_dist.checkpoint import list_checkpoints
 from tests import launching
-from tests.bench.kills import Killer, write_report
+from tests.bench.kills import STEPS, Killer, write_report
 
 
 @pytest.mark.slow
@@ -24,6 +24,7 @@ def test_six_kills_and_a_flipped_byte(tmp_path, monkeypatch):
     except AssertionError as error:
         raise AssertionError(f"seed {seed}: {error}") from error
     assert sum(kill["inside_write"] for kill in killer.kills) >= 1
+    assert {kill["stage"] for kill in killer.kills} >= {"finetune"}
     write_report(tmp_path, tmp_path / "report.md", "command")
     assert "# 6 kills" in (tmp_path / "report.md").read_text()
     _flip_a_byte(killer)
@@ -43,5 +44,5 @@ def _flip_a_byte(killer: Killer) -> None:
     (line,) = [x for x in launching.output(folder / "recipe.yaml").splitlines() if "altered" in x]
     assert f"resuming from {before.name}, since {state} was altered" in line
     assert launching.losses(folder / "run") == killer.reference
-    assert json.loads((newest / "manifest.json").read_text())["step"] == 30
+    assert json.loads((newest / "manifest.json").read_text())["step"] == STEPS
     assert Path(newest.with_name(f".damaged-{newest.name}")).exists()

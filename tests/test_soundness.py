@@ -36,10 +36,10 @@ def _context(comm, model: Path, data: Path, run_dir: Path, zero: dict) -> Contex
     return Context(recipe, run_dir, comm, torch.device("cpu"), settings, train, validation)
 
 
-def _with_and_without_a_bad_step(make, state) -> list[float]:
-    """Norms of a good, a bad and a good step; the state must be that of the good ones alone."""
+def _around_a_bad_step(stage, state) -> list[float]:
+    """Norms of a good, a bad and a good step; the bad one must not change the state by a bit."""
 
-    def take(stage, step: int, bad: bool = False) -> float:
+    def take(step: int, bad: bool = False) -> float:
         context = stage.context
         rows = np.arange(8 * step, 8 * step + 8)
         mine = np.split(rows, context.comm.size)[context.comm.rank]
@@ -52,18 +52,18 @@ def _with_and_without_a_bad_step(make, state) -> list[float]:
         stage.logits = logits
         return values["grad_norm"]
 
-    plain = make()
-    for step in (0, 2):
-        take(plain, step)
-    expected = state(plain)
-    plain.close()
-    tested = make()
-    norms = [take(tested, 0), take(tested, 1, bad=True), take(tested, 2)]
-    found = state(tested)
-    tested.close()
-    assert expected.keys() == found.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(tensor, found[name]), name
+    def differ(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+        assert one.keys() == other.keys()
+        return [name for name in one if not torch.equal(one[name], other[name])]
+
+    norms = [take(0)]
+    before = state(stage)
+    norms.append(take(1, bad=True))
+    after = state(stage)
+    norms.append(take(2))
+    assert before and not differ(before, after)
+    assert differ(after, state(stage)), "a good step must change it"
+    stage.close()
     return norms
 
 
@@ -85,15 +85,11 @@ def _bad_steps(comm, model: Path, data: Path, run_dir: Path) -> dict[str, list[f
     for zero in ({}, {"stage": 2}):
         context = _context(comm, model, data, run_dir, zero)
         translate, finetune = context.recipe.stages
-        norms[f"finetune {zero}"] = _with_and_without_a_bad_step(
-            lambda: WeightStage(context, finetune, model),  # noqa: B023 - called at once
-            _weight_state,
-        )
+        weights = WeightStage(context, finetune, model)
+        norms[f"finetune {zero}"] = _around_a_bad_step(weights, _weight_state)
         if not zero:
-            norms["translate"] = _with_and_without_a_bad_step(
-                lambda: TranslateStage(context, translate),  # noqa: B023 - called at once
-                _translate_state,
-            )
+            plan = TranslateStage(context, translate)
+            norms["translate"] = _around_a_bad_step(plan, _translate_state)
     return norms
 
 

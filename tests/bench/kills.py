@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -29,8 +30,8 @@ from tests.conftest import make_small_inputs
 
 KINDS = ("rank", "launcher", "job")
 RANKS = 2
-STEPS = 30
-STAGE = {"train_batch_size": 8, "per_device_train_batch_size": 2, "eval_steps": 10, "save_steps": 4}
+STEPS = 14
+STAGE = {"train_batch_size": 8, "per_device_train_batch_size": 2, "eval_steps": 7, "save_steps": 3}
 END_SECONDS = 120
 EXTENSIONS = Path(os.environ.get("TORCH_EXTENSIONS_DIR", launching.BIN.parent / "torch_extensions"))
 STARTUP_SHARE = 0.1  # of the kills at random moments
@@ -82,8 +83,8 @@ class Killer:
                     self._finish(recipe)
                 return
             kind = KINDS[done % len(KINDS)]
-            # Of a launcher's death the ranks learn in their first step: no earlier moment for it.
-            record = self._start_and_kill(recipe, number, kind, inside=done // len(KINDS) % 3 == 0)
+            block = done // len(KINDS)  # one of each kind: a third inside a write, half late
+            record = self._start_and_kill(recipe, number, kind, block % 3 == 0, block % 2 == 1)
             if record is None:
                 self._check(recipe)
                 continue
@@ -109,15 +110,22 @@ class Killer:
             outside.write_text(json.dumps(sorted(self._outside())))
         return launching.losses(run_dir)
 
-    def _start_and_kill(self, recipe: Path, number: int, kind: str, inside: bool) -> Kill | None:
-        """None where the run was done before its turn came."""
+    def _start_and_kill(
+        self, recipe: Path, number: int, kind: str, inside: bool, late: bool
+    ) -> Kill | None:
+        """None where the run was done before its turn came.
+
+        Args:
+            inside: kill it while it writes a checkpoint.
+            late: not before the finetune stage.
+        """
         run_dir = recipe.parent / "run"
         good = {path.name for path in list_checkpoints(run_dir) if _is_good(path)}
         (recipe.parent / "output.txt").write_text("")
         process = launching.start(recipe, RANKS, launcher=kind == "launcher")
         self.ports.add(_port(process))
         try:
-            if not self._wait_for_moment(process, run_dir, kind, inside):
+            if not self._wait_for_moment(process, run_dir, kind, inside, late):
                 assert process.wait(END_SECONDS) == 0, launching.output(recipe)
                 return None
             within = _is_writing(run_dir)
@@ -133,22 +141,26 @@ class Killer:
         return Kill(number, kind, last["stage"], last["step"], within, round(seconds, 2), resumed)
 
     def _wait_for_moment(
-        self, process: subprocess.Popen, run_dir: Path, kind: str, inside: bool
+        self, process: subprocess.Popen, run_dir: Path, kind: str, inside: bool, late: bool
     ) -> bool:
         """Wait for the time to kill; False where the run ended first."""
+        # Of a launcher's death the ranks learn in their first step: no earlier moment for it.
         if kind != "launcher" and not inside and self.rng.random() < STARTUP_SHARE:
             time.sleep(self.rng.uniform(0.5, 5))
             self._aim(process, kind)
             return process.poll() is None
         before = (run_dir / "metrics.jsonl").stat().st_mtime_ns if run_dir.exists() else 0
-        steps = self.rng.randint(1, 8)
+        steps = self.rng.randint(1, 6)
         seen = None
         while process.poll() is None:
             time.sleep(0.001)
             path = run_dir / "metrics.jsonl"
             if not path.exists() or path.stat().st_mtime_ns == before:
                 continue
-            lines = path.read_bytes().count(b"\n")
+            text = path.read_bytes()
+            if late and b'"finetune"' not in text:
+                continue
+            lines = text.count(b"\n")
             if seen is None:
                 seen = lines
                 self._aim(process, kind)
@@ -307,6 +319,7 @@ def main() -> None:
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(4))
     print(f"seed {seed}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the job that is running too
     Killer(options.work.resolve(), seed).run(options.kills)
     if options.report:
         command = f"python -m tests.bench.kills --kills {options.kills} --work DIR"
