@@ -101,9 +101,10 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class _Weights:
-    """Numbers of a model's weights."""
+    """Numbers of a model's weights. A tied head is in no other number."""
 
     total: int
+    tied_head: int
     largest: int
     backbone: int
     width: int
@@ -171,9 +172,13 @@ class _Stage:
         return {"gathered weights": 0 if whole else self.size * live}
 
     def loading(self) -> dict[str, int]:
-        """The whole model's partition, and one weight before DeepSpeed cuts it, in float32."""
+        """The whole model's partition, and one weight before DeepSpeed cuts it, in float32.
+
+        A tied model is made with a head of its own, which is let go when it is tied.
+        """
         whole = SINGLE * self.weights.largest
-        return self.partition(self.weights.total) | {"one whole weight": whole}
+        made = self.partition(self.weights.total + self.weights.tied_head)
+        return made | {"one whole weight": whole}
 
     def one_pass(self, evaluation: bool = False, trained: bool = True) -> int:
         rows = self.stage.per_device_eval_batch_size if evaluation else self.rows
@@ -292,8 +297,11 @@ def _count(config: PretrainedConfig, dtype: str) -> _Weights:
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     sizes = [parameter.numel() for parameter in lm.parameters()]
+    head = lm.get_output_embeddings().weight
+    tied = head is lm.get_input_embeddings().weight
     return _Weights(
         total=sum(sizes),
+        tied_head=head.numel() if tied else 0,
         largest=max(sizes),
         backbone=sum(parameter.numel() for parameter in lm.base_model.parameters()),
         width=lm.get_input_embeddings().weight.shape[1],
