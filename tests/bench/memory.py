@@ -253,13 +253,13 @@ def main(
     os.environ.update(MALLOC)
     report = {"machine": measure.machine(1), "cases": []}
     columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
+    out.mkdir(parents=True, exist_ok=True)
     with Progress(*columns) as progress, tempfile.TemporaryDirectory() as room:
         for case in (case for case in CASES if only in case.model):
             task = progress.add_task(f"{case.stage} {case.model} on {case.ranks} ranks", total=1)
             report["cases"].append(run_case(case, Path(room)))
             progress.advance(task)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "memory.json").write_text(json.dumps(report, indent=1) + "\n")
+            (out / "memory.json").write_text(json.dumps(report, indent=1) + "\n")
     (out / "memory.md").write_text(markdown(report))
     print(f"wrote {out / 'memory.md'}")
     worst = max(abs(peak_ratio(case) - 1) for case in report["cases"])
