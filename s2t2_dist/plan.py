@@ -195,14 +195,18 @@ class _Stage:
         )
         return pass_bytes(self.config, what)
 
-    def gather_traffic(self, elements: int) -> dict[str, int]:
-        """Weights are gathered in each forward and again in each backward pass."""
+    def gather_traffic(self, elements: int, frozen: bool = False) -> dict[str, int]:
+        """Weights are gathered in each forward and again in each backward pass.
+
+        hpZ's copy in the node serves all of them but the first after the weights have changed.
+        """
         once = sent(self.size * elements, self.hardware.ranks) // 2
         within = int(self.zero["zero_hpz_partition_size"])
-        if within > 1:  # from the copy in the node but for the first pass after a step
-            inside = sent(self.size * elements, within) // 2 * (2 * self.passes - 1)
-            return {"gathering weights": once, "gathering weights in the node": inside}
-        return {"gathering weights": 2 * self.passes * once}
+        if within == 1:
+            return {"gathering weights": 2 * self.passes * once}
+        changed = 0 if frozen else 1
+        inside = sent(self.size * elements, within) // 2 * (2 * self.passes - changed)
+        return {"gathering weights": changed * once, "gathering weights in the node": inside}
 
 
 class _Trained(_Stage):
@@ -282,7 +286,7 @@ class _Translate(_Stage):
                 "evaluation": static | gathered | evaluating | evaluation,
             },
             host=0,
-            traffic=self.gather_traffic(N)
+            traffic=self.gather_traffic(N, frozen=True)
             | {
                 f"translator: {name}": sent(payload, ranks)
                 for name, payload in rank_traffic(U, D, stage.iterations).items()
