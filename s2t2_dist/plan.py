@@ -101,9 +101,10 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class _Weights:
-    """Numbers of a model's weights."""
+    """Numbers of a model's weights. A tied head is in no other number."""
 
     total: int
+    tied_head: int
     largest: int
     backbone: int
     width: int
@@ -171,9 +172,13 @@ class _Stage:
         return {"gathered weights": 0 if whole else self.size * live}
 
     def loading(self) -> dict[str, int]:
-        """The whole model's partition, and one weight before DeepSpeed cuts it, in float32."""
+        """The whole model's partition, and one weight before DeepSpeed cuts it, in float32.
+
+        A tied model is made with a head of its own, which is let go when it is tied.
+        """
         whole = SINGLE * self.weights.largest
-        return self.partition(self.weights.total) | {"one whole weight": whole}
+        made = self.partition(self.weights.total + self.weights.tied_head)
+        return made | {"one whole weight": whole}
 
     def one_pass(self, evaluation: bool = False, trained: bool = True) -> int:
         rows = self.stage.per_device_eval_batch_size if evaluation else self.rows
@@ -190,14 +195,18 @@ class _Stage:
         )
         return pass_bytes(self.config, what)
 
-    def gather_traffic(self, elements: int) -> dict[str, int]:
-        """Weights are gathered in each forward and again in each backward pass."""
+    def gather_traffic(self, elements: int, frozen: bool = False) -> dict[str, int]:
+        """Weights are gathered in each forward and again in each backward pass.
+
+        hpZ's copy in the node serves all of them but the first after the weights have changed.
+        """
         once = sent(self.size * elements, self.hardware.ranks) // 2
         within = int(self.zero["zero_hpz_partition_size"])
-        if within > 1:  # from the copy in the node but for the first pass after a step
-            inside = sent(self.size * elements, within) // 2 * (2 * self.passes - 1)
-            return {"gathering weights": once, "gathering weights in the node": inside}
-        return {"gathering weights": 2 * self.passes * once}
+        if within == 1:
+            return {"gathering weights": 2 * self.passes * once}
+        changed = 0 if frozen else 1
+        inside = sent(self.size * elements, within) // 2 * (2 * self.passes - changed)
+        return {"gathering weights": changed * once, "gathering weights in the node": inside}
 
 
 class _Trained(_Stage):
@@ -277,7 +286,7 @@ class _Translate(_Stage):
                 "evaluation": static | gathered | evaluating | evaluation,
             },
             host=0,
-            traffic=self.gather_traffic(N)
+            traffic=self.gather_traffic(N, frozen=True)
             | {
                 f"translator: {name}": sent(payload, ranks)
                 for name, payload in rank_traffic(U, D, stage.iterations).items()
@@ -292,8 +301,11 @@ def _count(config: PretrainedConfig, dtype: str) -> _Weights:
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     sizes = [parameter.numel() for parameter in lm.parameters()]
+    head = lm.get_output_embeddings().weight
+    tied = head is lm.get_input_embeddings().weight
     return _Weights(
         total=sum(sizes),
+        tied_head=head.numel() if tied else 0,
         largest=max(sizes),
         backbone=sum(parameter.numel() for parameter in lm.base_model.parameters()),
         width=lm.get_input_embeddings().weight.shape[1],

@@ -88,13 +88,13 @@ def _frozen(comm, settings: dict, lm: ModelConfig) -> dict:
 
 def _trained(comm, settings: dict, lm: ModelConfig) -> dict:
     batch = {"train_batch_size": 2 * comm.size, "per_device_train_batch_size": 1}
-    stage = Finetune(kind="finetune", init="source", max_steps=3, **batch)
+    stage = Finetune(kind="finetune", init="source", max_steps=2, **batch)
     full = engine.engine_settings(settings, lm, stage, comm.size)
     model = loading.load_lm(Path(lm.model_name_or_path), lm, full)
     weights = sum(parameter.ds_numel for parameter in model.parameters())
     trained = engine.TrainedLM(model, full, stage)
     losses = []
-    for step in range(3):
+    for step in range(2):
         PAYLOAD.clear()
         for micro in range(2):
             ids = torch.arange(16)[None] + comm.rank + micro
@@ -131,7 +131,9 @@ def test_every_file_trains_to_the_same_weights_on_four_ranks(tmp_path):
             torch.testing.assert_close(found["embed_grad"], expected["embed_grad"])
             # float32 sums in another order, and another implementation of AdamW.
             assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
-            # As planned: two passes reduce 4 bytes per weight each, and gather 4 once or twice.
-            # Weights that no size divides are padded.
+            # As planned: two passes reduce 4 bytes per weight each (weights that no size divides
+            # are padded), and gather 4 at most twice each: once where they stay in between, and
+            # once per step where all are below stage3_param_persistence_threshold.
             assert found["reduce_scatter_tensor"] == pytest.approx(2 * 4, rel=0.02), name
-            assert 0.95 * 2 * 4 < found["all_gather_into_tensor"] < 1.05 * 2 * 2 * 4, name
+            least = 2 * 4 if name == "cpu.json" else 4
+            assert 0.95 * least < found["all_gather_into_tensor"] < 1.05 * 2 * 2 * 4, name

@@ -67,6 +67,11 @@ def test_hpz_keeps_a_second_copy_of_the_weights_in_the_node():
     assert plain.traffic["gathering weights"] == 2 * (2 * N * 31 // 32)
     assert hpz.traffic["gathering weights"] == 2 * N * 31 // 32
     assert hpz.traffic["gathering weights in the node"] == 2 * N * 7 // 8
+    batch = ["stages.translate.train_batch_size=32"]
+    frozen = planned(ONE_B, "olmo-1b", 32, "translate", "zero3-hpz", batch).traffic
+    assert frozen["gathering weights"] == 0  # they never change
+    N = LAYERS_1B + 50_304 * 2048
+    assert frozen["gathering weights in the node"] == 2 * (2 * N * 7 // 8)
 
 
 def test_a_translate_stage_holds_a_frozen_partition_and_its_rows():

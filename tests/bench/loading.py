@@ -109,7 +109,7 @@ def markdown(report: dict) -> str:
         "Before: `from_pretrained` under ZeRO-3; rank 0 maps every file and keeps it until all is "
         "sent. After: `s2t2_dist.loading`; each rank reads its own part of each weight. What is "
         "above the partition is one whole weight, the embedding in float32, which DeepSpeed makes "
-        "before it cuts it.",
+        "before it cuts it; a tied model is made with a head of its own, let go when it is tied.",
         "",
         "| model | files MiB | ranks | before: rank 0 | before: others | after: largest rank "
         "| stays per rank |",
