@@ -91,7 +91,7 @@ check_hosts() {
 # A .deepspeed_env: the user's lines, without the blank ones and comments that DeepSpeed chokes on.
 write_environment() {
   local name
-  grep -hsE '^[A-Za-z_]+=' .deepspeed_env ~/.deepspeed_env || true
+  grep -hsE '^[A-Za-z_][A-Za-z0-9_]*=' .deepspeed_env ~/.deepspeed_env || true
   for name in "${EXPORTS[@]}"; do
     [[ -z ${!name:-} ]] || echo "$name=${!name}"
   done
@@ -207,7 +207,7 @@ main() {
   BEFORE=$(status_of "$RUN_DIR")
   STARTED=() STOPS=0 ENVIRONMENT=''
   trap 'rm -f "$ENVIRONMENT"' EXIT
-  trap 'stop TERM' TERM USR1
+  trap 'stop TERM' TERM USR1 HUP
   trap 'stop INT' INT
   if [[ -n $HOSTFILE ]]; then start_everywhere; else start_here; fi
   wait_for_end

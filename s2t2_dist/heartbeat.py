@@ -192,7 +192,7 @@ class _Heart:
                 os.write(sys.stderr.fileno(), text.encode())
         if rank == 0:
             threading.Timer(GRACE_SECONDS, os._exit, [EXIT_LOST]).start()  # a disk may hang
-            with suppress(OSError):
+            with suppress(Exception):
                 self.on_lost(line)
         os._exit(EXIT_LOST)
 

@@ -219,7 +219,7 @@ def test_hosts_are_read_as_deepspeed_reads_them(tmp_path):
     (tmp_path / "hosts").write_text(
         "# all\n\nnode1 slots=8\n  node2   slots=8 # old\n#node3 slots=8\n"
     )
-    assert in_run_node("HOSTFILE=hosts hosts", tmp_path).stdout.split() == ["a", "b"]
+    assert in_run_node("HOSTFILE=hosts hosts", tmp_path).stdout.split() == ["node1", "node2"]
 
 
 def test_a_second_interrupt_kills_what_the_first_did_not_stop(tmp_path):
