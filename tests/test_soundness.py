@@ -140,7 +140,7 @@ def test_bad_rows_are_skipped_counted_and_passed_by(source_tokenizer, protein_da
         "model": {"model_name_or_path": str(model), "dtype": "float32"},
     }
     whole = runs.write_recipe(tmp_path / "whole", model, protein_data, **changes)
-    assert runs.train(whole, 2) == 0, runs.output(whole)
+    assert runs.train(whole, 0) == 0, runs.output(whole)
     lines = {line["step"]: line for line in runs.metrics(whole.parent / "run") if line["step"]}
     assert [step for step, line in lines.items() if "loss" not in line] == bad
     for step, line in lines.items():
@@ -148,11 +148,11 @@ def test_bad_rows_are_skipped_counted_and_passed_by(source_tokenizer, protein_da
     assert "NaN" not in (whole.parent / "run/metrics.jsonl").read_text()
 
     strict = runs.write_recipe(tmp_path / "strict", model, protein_data, **changes)
-    assert runs.train(strict, 2, "max_bad_steps=1") == 2, runs.output(strict)
+    assert runs.train(strict, 0, "max_bad_steps=1") == 2, runs.output(strict)
     saved = f"finetune-{bad[0]:06d}"
     assert "was not finite in 1 steps in a row" in _error_of(strict) and saved in _error_of(strict)
     assert (strict.parent / "run/checkpoints" / saved / "COMPLETE").exists()
-    assert runs.train(strict, 2) == 0, runs.output(strict)
+    assert runs.train(strict, 0) == 0, runs.output(strict)
     assert runs.losses(strict.parent / "run") == runs.losses(whole.parent / "run")
 
 
