@@ -4,6 +4,7 @@ Each host has its own address, host name and processes; the file system is share
 is. Made by root from iproute2, openssh-server and pdsh; `missing` says what is not there.
 """
 
+import itertools
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 import psutil
 
 SSHD = "/usr/sbin/sshd"
+_numbers = itertools.count()  # of the clusters of this process
 PROGRAMS = ("ip", "pdsh", "ssh", "ssh-keygen", "unshare", SSHD)
 
 
@@ -89,8 +91,9 @@ def cluster(room: Path, count: int = 2, slots: int = 1) -> Iterator[Cluster]:
         room: an empty folder for keys and settings.
         slots: ranks per host, for the hostfile.
     """
-    tag = f"{os.getpid() % 10**6}"
-    bridge, network = f"s2t2b{tag}", f"10.{213 + os.getpid() % 40}.{os.getpid() % 250}"
+    number = next(_numbers)
+    tag = f"{os.getpid() % 10**6}{number}"
+    bridge, network = f"s2t2b{tag}", f"10.{213 + number}.{os.getpid() % 250}"
     hosts = [
         Host(f"node{i}", f"{network}.{i + 10}", f"s2t2-{tag}-{i}", f"s2t2v{tag}-{i}")
         for i in range(1, count + 1)
