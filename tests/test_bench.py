@@ -171,7 +171,7 @@ def test_a_sharded_step_sends_what_the_formula_says(tmp_path):
 
 @pytest.mark.parametrize(("memory", "code"), [(1.09, None), (1.11, 1), (0.89, 1)])
 def test_scaling_fails_where_a_formula_is_a_tenth_off(tmp_path, monkeypatch, memory, code):
-    computed = sum(rank_memory(70, 48, 12, 2).values())
+    computed = sum(rank_memory(70, 48, 12, 2, cpu=True).values())
     traffic = sum(rank_traffic(48, 12, column_evaluations=9).values())
     rank = {"seconds": 1.0, "calls": {"column searches": 9}, "payload_bytes": {"all": traffic}}
     rank["peak_bytes"] = memory * computed
