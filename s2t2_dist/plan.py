@@ -266,8 +266,7 @@ class _Translate(_Stage):
         shared = self.config.tie_word_embeddings and stage.source_marginal == "uniform"
         # The other methods keep the thresholds of one iteration, or none.
         kept = stage.iterations if stage.method == "dykstra" else 1
-        tied, cpu = shared and not separate, self.hardware.cpu
-        held = rank_memory(V, U, D, ranks, kept, tied=tied, cpu=cpu)
+        held = rank_memory(V, U, D, ranks, kept, tied=shared and not separate)
         if separate:
             held |= {name: 2 * held[name] for name in held if name.endswith("C") or "AdamW" in name}
         static = self.partition(N)

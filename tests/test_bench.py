@@ -165,13 +165,13 @@ def test_a_sharded_step_sends_what_the_formula_says(tmp_path):
     report = {"machine": measure.machine(1), "runs": [run, run], "checks": [check]}
     tables = [line for line in scaling.markdown(report).splitlines() if line.startswith("| ")]
     # Heads and lines of: one scaling run, one check, 9 + 1 parts of memory, 5 + 1 of traffic.
-    assert len(tables) == 2 + 2 + 12 + 7
+    assert len(tables) == 2 + 2 + 11 + 7
     assert all(cell.strip() for line in tables[:4] for cell in line.strip("|").split("|"))
 
 
 @pytest.mark.parametrize(("memory", "code"), [(1.09, None), (1.11, 1), (0.89, 1)])
 def test_scaling_fails_where_a_formula_is_a_tenth_off(tmp_path, monkeypatch, memory, code):
-    computed = sum(rank_memory(70, 48, 12, 2, cpu=True).values())
+    computed = sum(rank_memory(70, 48, 12, 2).values())
     traffic = sum(rank_traffic(48, 12, column_evaluations=9).values())
     rank = {"seconds": 1.0, "calls": {"column searches": 9}, "payload_bytes": {"all": traffic}}
     rank["peak_bytes"] = memory * computed

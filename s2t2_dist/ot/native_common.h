@@ -16,6 +16,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 32;       // rows whose column sums are added up in T before in double
+constexpr int64_t AHEAD = 3;        // rows that are asked for before they are needed
 constexpr int64_t ROW_BLOCK = 512;  // entries whose row sum is added up in T before in double
 
 template <typename T>
@@ -36,6 +37,14 @@ void in_parallel(int64_t V, int64_t threads, Work work) {
         others.emplace_back(work, t, V * t / threads, V * (t + 1) / threads);
     work(0, 0, V / threads);
     for (auto& other : others) other.join();
+}
+
+// Asks the memory for entries that are needed soon (and may lie beyond the matrix, which is no
+// fault): the processor's own look-ahead ends with a page, of which few rows fit into one.
+template <typename T>
+void look_ahead(const T* entries, int64_t count) {
+    const char* bytes = reinterpret_cast<const char*>(entries);
+    for (int64_t b = 0; b < count * int64_t(sizeof(T)); b += 64) __builtin_prefetch(bytes + b, 0, 2);
 }
 
 // Column sums of many rows: in T over a block, in double over the blocks.

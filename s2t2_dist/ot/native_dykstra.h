@@ -90,8 +90,10 @@ void add_block(const Solve<T>& solve, int64_t first, int64_t last, const T* thre
     T *numbers = count.block.data(), *sums = excess.block.data();
     T* all = total ? total->block.data() : nullptr;
     int64_t i = first;
-    for (; i + TOGETHER <= last; i += TOGETHER)
+    for (; i + TOGETHER <= last; i += TOGETHER) {
+        look_ahead(solve.cost + (i + TOGETHER) * solve.row_length, TOGETHER * solve.row_length);
         add_columns<K, TOGETHER, GATHER>(solve, i, threshold, numbers, sums, all);
+    }
     for (; i < last; ++i) add_columns<K, 1, GATHER>(solve, i, threshold, numbers, sums, all);
     count.flush(), excess.flush();
     if (total) total->flush();
@@ -113,6 +115,7 @@ void search(Solve<T> solve, T* taus, T* shift, const double* mu, double* row_cou
             const int64_t end = std::min(begin + BLOCK, last);
             for (int64_t i = begin; i < end; ++i) {
                 const T* __restrict c = solve.cost + i * U;
+                look_ahead(c + AHEAD * U, U);
                 if (K == 0) shift[i] = largest(c, U);
                 const T top = shift[i];
                 T tau[K + 1];
@@ -149,6 +152,7 @@ void plan(Solve<T> solve, int64_t first_row, int64_t rows, T* out, int64_t threa
         const T* __restrict sigmas = solve.sigmas;
         for (int64_t i = first; i < last; ++i) {
             const T* __restrict c = solve.cost + (first_row + i) * U;
+            look_ahead(c + AHEAD * U, U);
             T* __restrict p = out + i * U;
             const T top = solve.shift[first_row + i];
             T tau[N];
@@ -195,27 +199,27 @@ INLINE void undo(int on, const T* col_mean, const T* row_mean, int64_t stride, T
 }
 
 // See _back_pass in passes.py; KNOWN iterations' column means are known. row_means (n, V) in the
-// order in which they are made; the last known one is made here. sums (threads, U). masks: a byte
-// per entry with its supports, made where nothing is known yet.
+// order in which they are made; the last known one is made here. sums (threads, U). Supports are
+// found again in every pass: to keep them costs more, in page faults.
 template <int N, int KNOWN, typename T>
 void backward(Solve<T> solve, T* grad, const T* col_means, T* row_means, const double* row_counts,
-              uint8_t* masks, double* sums, int64_t threads) {
+              double* sums, int64_t threads) {
     const int64_t V = solve.V, U = solve.U;
     in_parallel(V, threads, [=](int64_t t, int64_t first, int64_t last) {
+        std::vector<uint8_t> row(U);
+        uint8_t* __restrict mask = row.data();
         ColumnSums<T> sum(U, sums + t * U);
         T* __restrict block = sum.block.data();
         const T *__restrict sigmas = solve.sigmas, *__restrict means = col_means;
         for (int64_t i = first; i < last; ++i) {
-            uint8_t* __restrict mask = masks + i * U;
+            const T* __restrict c = solve.cost + i * U;
             T* __restrict g = grad + i * U;
-            if constexpr (KNOWN == 0) {
-                const T* __restrict c = solve.cost + i * U;
-                T tau[N];
-                solve.thresholds(i, tau);
-                const T top = solve.shift[i];
-                for (int64_t j = 0; j < U; ++j)
-                    mask[j] = uint8_t(supports<N>(tau, sigmas + j, U, c[j] - top));
-            }
+            look_ahead(c + AHEAD * U, U), look_ahead(g + AHEAD * U, U);
+            const T top = solve.shift[i];
+            T tau[N];
+            solve.thresholds(i, tau);
+            for (int64_t j = 0; j < U; ++j)
+                mask[j] = uint8_t(supports<N>(tau, sigmas + j, U, c[j] - top));
             T mean[N];
             for (int d = 0; d + 1 < KNOWN; ++d) mean[d] = row_means[d * V + i];
             if constexpr (KNOWN > 0) {

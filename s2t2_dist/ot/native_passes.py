@@ -16,7 +16,6 @@ class NativePasses:
     def __init__(self, state: State):
         self.state = state
         self.matrix = state.cost.contiguous()
-        self.masks = None  # during a backward: the supports, a byte per entry
         self.threads = native.threads(len(self.matrix))
 
     def search(self, k: int, mu_V: torch.Tensor, col_guess_U: torch.Tensor) -> torch.Tensor:
@@ -56,14 +55,10 @@ class NativePasses:
     ) -> torch.Tensor:
         s, (V, U) = self.state, self.matrix.shape
         sums = torch.zeros(self.threads, U, dtype=torch.float64)
-        if known == 0:
-            self.masks = torch.empty(V, U, dtype=torch.uint8)
         self._call(
             "backward", self.matrix, V, U, s.shift, s.tau, s.sigma, len(s.tau), known, grad_VU,
-            col_mean, row_mean, s.row_count, self.masks, sums, self.threads,
+            col_mean, row_mean, s.row_count, sums, self.threads,
         )  # fmt: skip
-        if known == len(s.tau):
-            self.masks = None
         return sums.sum(0)
 
     def _call(self, name, *arguments):

@@ -52,11 +52,11 @@ def product_grad(
 def plan_sums(plan_hU: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Row sums (h,), column sums (U,) and the number (1,) of entries that are not 0, float64.
 
-    Sums are made in the plan's dtype over blocks, and in float64 over those.
+    Native code makes the sums in the plan's dtype over blocks, and in float64 over those.
     """
     if not native.can_call(plan_hU):
-        support = plan_hU.sign().abs_().sum()
-        return plan_hU.sum(1).double(), plan_hU.sum(0).double(), support.double()[None]
+        support = torch.count_nonzero(plan_hU).double()[None]
+        return plan_hU.sum(1, dtype=torch.float64), plan_hU.sum(0, dtype=torch.float64), support
     (h, U), threads = plan_hU.shape, native.threads(len(plan_hU))
     row_sums = torch.empty(h, dtype=torch.float64)
     col_sums = torch.zeros(threads, U, dtype=torch.float64)

@@ -19,7 +19,6 @@ def rank_memory(
     ranks: int,
     iterations: int = 3,
     tied: bool = False,
-    cpu: bool = False,
 ) -> dict[str, int]:
     """Bytes on the rank with the most rows, at the peak of a step.
 
@@ -27,14 +26,13 @@ def rank_memory(
     where tied). E', L' and their gradients are whole on every rank, and so is the one matrix that
     the gradients are summed in: these bound what more ranks save. Of the solver remain, per
     iteration, a threshold now and of the last step, a count (float64) and a backward mean for each
-    row and column, the supports (a byte per entry, kept on a CPU alone) and the tiles in work.
+    row and column, and the tiles in work.
     """
     rows = ceil(V / ranks)
     per_lane = iterations * (3 * SINGLE + DOUBLE) + SINGLE + DOUBLE
     return {
         "C": SINGLE * rows * U,
         "gradient of C": SINGLE * rows * U,
-        "supports": rows * U if cpu else 0,
         "AdamW moments": 2 * SINGLE * rows * U,
         "rows of E and L": (1 if tied else 2) * SINGLE * rows * D,
         "E', L'": 2 * SINGLE * U * D,

@@ -14,7 +14,7 @@ from torch.utils._triton import has_triton
 
 CPU_TILE = 1 << 17  # entries of a tile: half a MiB of float32, to stay in a core's cache
 DEVICE_TILE = 1 << 26  # elsewhere: few, large kernels; it bounds the temporary memory
-OWN_MAPPING = 1 << 25  # bytes from which malloc gives a block pages of its own
+HUGE_PAGES = 1 << 23  # bytes of a matrix from which they pay: a huge page has 2 MiB
 FUSED = {"compile": True, "eager": False}  # of backends; others leave it to `Passes`
 RECOMPILE_LIMIT = 64  # a pass is compiled once per iteration number and dtype
 
@@ -38,7 +38,7 @@ def new_matrix(like: torch.Tensor, rows: int | None = None) -> torch.Tensor:
     """
     matrix = like.new_empty(len(like) if rows is None else rows, like.shape[1])
     size = matrix.numel() * matrix.element_size()
-    if matrix.is_cpu and size >= OWN_MAPPING and hasattr(mmap, "MADV_HUGEPAGE"):
+    if matrix.is_cpu and size >= HUGE_PAGES and hasattr(mmap, "MADV_HUGEPAGE"):
         start = -(-matrix.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         length = (matrix.data_ptr() + size - start) // mmap.PAGESIZE * mmap.PAGESIZE
         # Only advice: what it returns does not matter.

@@ -174,7 +174,7 @@ def _check(run: dict) -> dict[str, float]:
     """Measured over computed, of the largest rank."""
     V, U, D = run["V"], run["U"], run["D"]
     evaluations = run["results"][0]["calls"]["column searches"]
-    memory = sum(rank_memory(V, U, D, run["ranks"], cpu=True).values())
+    memory = sum(rank_memory(V, U, D, run["ranks"]).values())
     traffic = sum(rank_traffic(U, D, column_evaluations=evaluations).values())
     return {
         "V": V,
