@@ -67,10 +67,9 @@ class Transport:
         self.rows, self.mass = rows, mass
         self.method = method
         self._options = {"method": method, "iterations": iterations, "tolerance": tolerance}
+        cost = new_matrix(values_VK.new_empty(0, len(nu_U)), len(mu_V)).fill_(mass / rows)
         if method == "plain":
-            cost = (mu_V[:, None] * (nu_U / mass)).float()
-        else:
-            cost = torch.full((len(mu_V), len(nu_U)), mass / rows, device=mu_V.device)
+            torch.mul(mu_V[:, None], nu_U / mass, out=cost)
         self.cost = torch.nn.Parameter(cost)
         self.start: Thresholds | None = None
         self.statistics: dict[str, float] = {}

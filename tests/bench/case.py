@@ -15,6 +15,7 @@ import torch
 
 from s2t2_dist.comm import LocalComm
 from s2t2_dist.ot import sparse_sinkhorn
+from s2t2_dist.ot.tiles import new_matrix
 from tests.bench import baselines, measure
 
 OURS = ("native", "compile", "eager")  # backends
@@ -37,9 +38,10 @@ class Case:
 
 
 def problem(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(cost, mu, nu, dL/dP); row masses of 1."""
+    """(cost, mu, nu, dL/dP); row masses of 1. C lies in memory as the trainer's does."""
     random = torch.manual_seed(0)
-    cost = torch.randn(case.V, case.U, generator=random).mul_(case.spread).add_(1)
+    cost = new_matrix(torch.empty(0, case.U), case.V)
+    torch.randn(case.V, case.U, generator=random, out=cost).mul_(case.spread).add_(1)
     mu = torch.ones(case.V, dtype=torch.float64)
     nu = torch.full((case.U,), case.V / case.U, dtype=torch.float64)
     return cost.requires_grad_(), mu, nu, torch.randn(case.V, case.U, generator=random)
