@@ -232,7 +232,14 @@ start bash -c {ranks}
 wait_for_end
 echo "ended $CODE"
 """
-    process = subprocess.Popen(of_run_node(main), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        of_run_node(main),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A job in the background ignores SIGINT, and so would all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     heard = [process.stdout.readline() for _ in range(2)]
     process.send_signal(signal.SIGINT)
     heard += [process.stdout.readline() for _ in range(2)]
