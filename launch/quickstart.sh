@@ -49,7 +49,7 @@ main() {
     --validation-fraction 0.05 --out "$DATA/proteins-characters"
   step "translate, then finetune (S2T2)" train quickstart
   step "finetune with the new tokenizer, truncated embeddings" train quickstart-truncated
-  step "the same, on as many rows as S2T2 has in all" train quickstart-truncated-long
+  step "the same, with as many steps as S2T2 has in all" train quickstart-truncated-long
   step "finetune with the source tokenizer" train quickstart-source
   if [[ ! -f runs/quickstart-hf/config.json ]]; then
     step "export" s2t2 export runs/quickstart --out runs/quickstart-hf
