@@ -13,12 +13,7 @@ PRODUCT_ROWS = 256  # of a tile of P in a product, and of dloss/dP
 
 
 def rank_memory(
-    V: int,
-    U: int,
-    D: int,
-    ranks: int,
-    iterations: int = 3,
-    tied: bool = False,
+    V: int, U: int, D: int, ranks: int, iterations: int = 3, tied: bool = False
 ) -> dict[str, int]:
     """Bytes on the rank with the most rows, at the peak of a step.
 
