@@ -122,6 +122,7 @@ class Killer:
         run_dir = recipe.parent / "run"
         good = {path.name for path in list_checkpoints(run_dir) if _is_good(path)}
         (recipe.parent / "output.txt").write_text("")
+        before = _last_write(run_dir)
         process = launching.start(recipe, RANKS, launcher=kind == "launcher")
         self.ports.add(_port(process))
         try:
@@ -137,7 +138,8 @@ class Killer:
         last = (launching.metrics(run_dir) or [{"stage": "start", "step": 0}])[-1]
         resumed = _resumed_from(recipe)
         assert not resumed or resumed in good, f"resumed from {resumed}, good were {good}"
-        assert resumed or not good or last["stage"] == "start" or inside is None, good
+        trained = _last_write(run_dir) != before  # else it was killed before it came to resume
+        assert resumed or not good or not trained, f"started anew, good were {good}"
         return Kill(number, kind, last["stage"], last["step"], within, round(seconds, 2), resumed)
 
     def _wait_for_moment(
@@ -149,15 +151,14 @@ class Killer:
             time.sleep(self.rng.uniform(0.5, 5))
             self._aim(process, kind)
             return process.poll() is None
-        before = (run_dir / "metrics.jsonl").stat().st_mtime_ns if run_dir.exists() else 0
+        before = _last_write(run_dir)
         steps = self.rng.randint(1, 6)
         seen = None
         while process.poll() is None:
             time.sleep(0.001)
-            path = run_dir / "metrics.jsonl"
-            if not path.exists() or path.stat().st_mtime_ns == before:
+            if _last_write(run_dir) == before:
                 continue
-            text = path.read_bytes()
+            text = (run_dir / "metrics.jsonl").read_bytes()
             if late and b'"finetune"' not in text:
                 continue
             lines = text.count(b"\n")
@@ -244,6 +245,11 @@ def check_mlflow(run_dir: Path, uri: str) -> None:
 
 def _is_writing(run_dir: Path) -> bool:
     return any((run_dir / "checkpoints").glob(".tmp-[tf]*"))
+
+
+def _last_write(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def _is_good(path: Path) -> bool:
