@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from s2t2_dist.comm import world_comm
+from tests import forked
 
 
 def run_ranks(
@@ -25,12 +26,13 @@ def run_ranks(
     """
     room = tmp_path / f"ranks-{world_size}-{time.monotonic_ns()}"
     room.mkdir(parents=True)
+    forked.context()  # preloads
     context = mp.start_processes(
         _rank_main,
         args=(world_size, room, timeout, function, args),
         nprocs=world_size,
         join=False,
-        start_method="spawn",
+        start_method=forked.METHOD,
     )
     deadline = time.monotonic() + timeout
     try:

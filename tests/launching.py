@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import yaml
 
+from tests.forked import Job
+
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 CPU_SETTINGS = ROOT / "ds_configs" / "cpu.json"
@@ -56,29 +58,25 @@ def quickstart_workspace(folder: Path) -> Path:
 
 
 def short_quickstart(name: str) -> list[str]:
-    """The shipped recipe in runs/NAME, in fewer steps with more checkpoints."""
-    short = ("max_steps=16", "save_steps=5", "eval_steps=16")
+    """The shipped recipe in runs/NAME, in fewer and smaller steps with more checkpoints."""
+    short = ("max_steps=16", "save_steps=5", "eval_steps=16", "train_batch_size=16")
     overrides = [f"stages.{stage}.{key}" for stage in ("translate", "finetune") for key in short]
     where = [f"output_dir=runs/{name}", "tracking.enabled=false"]
     return ["launch/recipes/quickstart.yaml", *where, *overrides]
 
 
-def command(recipe: Path, ranks: int, *overrides: str, launcher: bool = False) -> list[str]:
-    """The command that trains: `s2t2 train` for 0 ranks, else a job of so many.
-
-    Args:
-        launcher: start it by the DeepSpeed launcher, which takes some seconds more.
-    """
+def command(recipe: Path, ranks: int, *overrides: str) -> list[str]:
+    """The command that trains: `s2t2 train` for 0 ranks, else the DeepSpeed launcher's."""
     if ranks == 0:
         return [str(BIN / "s2t2"), "train", str(recipe), *overrides]
+    deepspeed = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", free_port()]
+    return [*deepspeed, "--module", "s2t2_dist.train", str(recipe), *overrides]
+
+
+def free_port() -> str:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    if not launcher:
-        spawn = [sys.executable, str(ROOT / "tests" / "spawn_ranks.py"), str(ranks), port]
-        return [*spawn, str(recipe), *overrides]
-    deepspeed = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port]
-    return [*deepspeed, "--module", "s2t2_dist.train", str(recipe), *overrides]
+        return str(s.getsockname()[1])
 
 
 def environment() -> dict[str, str]:
@@ -88,14 +86,24 @@ def environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")} | cpu
 
 
-def start(recipe: Path, ranks: int, *overrides: str, launcher: bool = False) -> subprocess.Popen:
-    """Start a run in a session of its own, its output in `recipe`'s folder."""
-    with (recipe.parent / "output.txt").open("ab") as output:
+def start(
+    recipe: Path, ranks: int, *overrides: str, launcher: bool = False
+) -> subprocess.Popen | Job:
+    """Start a run in a session of its own, its output in `recipe`'s folder.
+
+    Args:
+        launcher: by the command of a user; else the ranks are forked, which takes no time.
+    """
+    output, folder = recipe.parent / "output.txt", recipe.parent
+    if not launcher:
+        arguments = [str(recipe), *overrides]
+        return Job(arguments, ranks, free_port(), environment(), folder, output)
+    with output.open("ab") as file:
         return subprocess.Popen(
-            command(recipe, ranks, *overrides, launcher=launcher),
-            cwd=recipe.parent,
+            command(recipe, ranks, *overrides),
+            cwd=folder,
             env=environment(),
-            stdout=output,
+            stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
@@ -115,13 +123,16 @@ def output(recipe: Path) -> str:
     return (recipe.parent / "output.txt").read_text(errors="replace")
 
 
-def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
-    """The training processes below a launcher."""
-    children = psutil.Process(process.pid).children(recursive=True)
+def ranks_of(process: subprocess.Popen | Job) -> list[psutil.Process]:
+    """The training processes of a job, rank 0 first."""
+    parent = psutil.Process(process.pid)
+    if isinstance(process, Job):
+        return parent.children()
+    children = parent.children(recursive=True)
     return [c for c in children if any(arg.startswith("--local_rank") for arg in c.cmdline())]
 
 
-def kill(process: subprocess.Popen) -> None:
+def kill(process: subprocess.Popen | Job) -> None:
     """SIGKILL the launcher and everything below it."""
     try:
         family = psutil.Process(process.pid).children(recursive=True)
@@ -135,7 +146,7 @@ def kill(process: subprocess.Popen) -> None:
 
 
 def wait_for_line(
-    run_dir: Path, stage: str, step: int, process: subprocess.Popen, timeout: float = 240
+    run_dir: Path, stage: str, step: int, process: subprocess.Popen | Job, timeout: float = 240
 ) -> None:
     """Return as soon as `metrics.jsonl` holds this step."""
     deadline = time.monotonic() + timeout

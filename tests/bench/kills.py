@@ -27,6 +27,7 @@ from s2t2_dist.checkpoint import list_checkpoints
 from s2t2_dist.errors import ArtifactError
 from tests import launching
 from tests.conftest import make_small_inputs
+from tests.forked import Job
 
 KINDS = ("rank", "launcher", "job")
 RANKS = 2
@@ -83,8 +84,8 @@ class Killer:
                     self._finish(recipe)
                 return
             kind = KINDS[done % len(KINDS)]
-            block = done // len(KINDS)  # one of each kind: a third inside a write, half late
-            record = self._start_and_kill(recipe, number, kind, block % 3 == 0, block % 2 == 1)
+            block = done // len(KINDS)  # one of each kind: a third inside a write, some late
+            record = self._start_and_kill(recipe, number, kind, block % 3 == 0, block % 4 == 1)
             if record is None:
                 self._check(recipe)
                 continue
@@ -143,7 +144,7 @@ class Killer:
         return Kill(number, kind, last["stage"], last["step"], within, round(seconds, 2), resumed)
 
     def _wait_for_moment(
-        self, process: subprocess.Popen, run_dir: Path, kind: str, inside: bool, late: bool
+        self, process: subprocess.Popen | Job, run_dir: Path, kind: str, inside: bool, late: bool
     ) -> bool:
         """Wait for the time to kill; False where the run ended first."""
         # Of a launcher's death the ranks learn in their first step: no earlier moment for it.
@@ -173,7 +174,7 @@ class Killer:
                 return True
         return False
 
-    def _aim(self, process: subprocess.Popen, kind: str) -> None:
+    def _aim(self, process: subprocess.Popen | Job, kind: str) -> None:
         """Choose the processes to kill: looking for them later would take the moment away."""
         parent = psutil.Process(process.pid)
         self.family = [parent, *parent.children(recursive=True)]
@@ -185,7 +186,7 @@ class Killer:
         else:
             self.targets = [psutil.Process(ranks[0].ppid())]
 
-    def _kill(self, process: subprocess.Popen) -> None:
+    def _kill(self, process: subprocess.Popen | Job) -> None:
         """SIGKILL; the rest of the job must then end by itself, in bounded time."""
         for target in self.targets:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -267,11 +268,8 @@ def _is_ours(name: str, ports: set[str]) -> bool:
     return name.startswith(("torch_", "psm_", "sem."))
 
 
-def _port(process: subprocess.Popen) -> str:
-    arguments = process.args
-    if "--master_port" in arguments:
-        return arguments[arguments.index("--master_port") + 1]
-    return arguments[3]
+def _port(process: subprocess.Popen | Job) -> str:
+    return process.args[process.args.index("--master_port") + 1]
 
 
 def _resumed_from(recipe: Path) -> str:
@@ -303,7 +301,7 @@ def write_report(work: Path, path: Path, command: str) -> None:
 The stage is that of the last line in `metrics.jsonl` when the job was gone; {inside} kills fell
 inside a checkpoint write. Checked, each by an assertion that ends the script:
 
-- every start after a kill resumed, from a checkpoint that was complete and verified before it,
+- every start that came so far resumed, from a checkpoint that was complete and verified before it,
   and {runs} runs came to their end, each killed several times;
 - their losses, gradient norms and evaluations are bit for bit those of an undisturbed run;
 - MLflow has every point of `metrics.jsonl` in order, once;
