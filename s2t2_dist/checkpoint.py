@@ -22,6 +22,10 @@ from s2t2_dist import artifacts
 from s2t2_dist.comm import LocalComm, agree
 from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error, everywhere
 
+# Of each number that a stage trains: its float32 value and two moments. DeepSpeed's files of a
+# bfloat16 model hold the float32 weights alone.
+CHECKPOINT_BYTES = 12
+
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 

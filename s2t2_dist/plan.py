@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from s2t2_dist import engine
+from s2t2_dist.checkpoint import CHECKPOINT_BYTES
 from s2t2_dist.config import Finetune, Pretrain, Recipe, Stage, Translate
 from s2t2_dist.dryrun import Pass, pass_bytes
 from s2t2_dist.ot.sizes import rank_memory, rank_traffic, sent
@@ -251,7 +252,7 @@ class _Trained(_Stage):
             phases=phases,
             host=host * min(self.hardware.per_node, self.hardware.ranks),
             traffic=self.gather_traffic(N) | {"reducing gradients": reduced},
-            checkpoint=(self.size + (3 if self.size < SINGLE else 2) * SINGLE) * N,
+            checkpoint=CHECKPOINT_BYTES * N,
             result=2 * self.size * N,
         )
 
@@ -291,7 +292,7 @@ class _Translate(_Stage):
                 f"translator: {name}": sent(payload, ranks)
                 for name, payload in rank_traffic(U, D, stage.iterations).items()
             },
-            checkpoint=plans * 3 * SINGLE * V * U,
+            checkpoint=plans * CHECKPOINT_BYTES * V * U,
             result=plans * 2 * SINGLE * V * U,
         )
 

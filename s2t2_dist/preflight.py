@@ -22,6 +22,7 @@ import psutil
 import torch
 
 from s2t2_dist import artifacts, model, rundir
+from s2t2_dist.checkpoint import CHECKPOINT_BYTES
 from s2t2_dist.comm import LocalComm
 from s2t2_dist.config import Recipe, Stage, Translate, changed_keys, recipe_values
 from s2t2_dist.errors import PreflightError
@@ -74,7 +75,8 @@ def _differences(rank_0: dict, here: dict) -> list[str]:
 def _sources() -> str:
     """This package's own code, whose version says little in a checkout."""
     folder = Path(__file__).parent
-    files = {str(f.relative_to(folder)): _sha256(f) for f in folder.rglob("*.py")}
+    found = [f for f in folder.rglob("*") if f.suffix in (".py", ".cpp", ".h")]
+    files = {str(f.relative_to(folder)): _sha256(f) for f in found}
     return artifacts.sha256_json(files)[:12]
 
 
@@ -141,12 +143,12 @@ def _stage_needs(context: Context, stage: Stage) -> Needs:
     """Float32 values and two moments of all that is trained; in memory its gradient and copies."""
     trained, ranks = _trained(context, stage), context.comm.size
     if isinstance(stage, Translate):
-        return Needs(memory=16 * trained // ranks, checkpoint=12 * trained)
+        return Needs(memory=16 * trained // ranks, checkpoint=CHECKPOINT_BYTES * trained)
     zero = context.deepspeed.get("zero_optimization", {})
     known = zero.get("stage") == 3 and not {"offload_optimizer", "offload_param"} & zero.keys()
     weights = 2 + 2 if context.recipe.model.dtype == "bfloat16" else 4
     memory = (12 + weights) * trained // ranks if known else 0
-    return Needs(memory, checkpoint=12 * trained)
+    return Needs(memory, checkpoint=CHECKPOINT_BYTES * trained)
 
 
 def _trained(context: Context, stage: Stage) -> int:

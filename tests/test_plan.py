@@ -88,8 +88,8 @@ def test_a_translate_stage_holds_a_frozen_partition_and_its_rows():
 def test_disk_counts_kept_checkpoints_and_one_in_the_making():
     plan = planned(SEVEN_B, "olmo-7b", 8, "finetune")
     N = LAYERS_7B + 2 * 512 * 4096
-    assert plan.checkpoint == 14 * N
-    assert run_disk(load_recipe(SEVEN_B), [plan]) == 3 * 14 * N + 4 * N
+    assert plan.checkpoint == 12 * N
+    assert run_disk(load_recipe(SEVEN_B), [plan]) == 3 * 12 * N + 4 * N
 
 
 def test_a_pass_counts_activations_logits_and_reductions():

@@ -100,9 +100,9 @@ T largest(const T* z, int64_t U) {
 }
 
 // The threshold at which a row's excess is mu, by Newton's method: see newton_step in simplex.py.
+// top: the row's largest entry.
 template <typename T>
-T search_row(const T* z, int64_t U, double mu, T guess, double& count) {
-    const T top = largest(z, U);
+T search_row(const T* z, int64_t U, T top, double mu, T guess, double& count) {
     const T ceiling = std::nextafter(top, std::numeric_limits<T>::lowest());
     T floor = std::min(T(top - mu), ceiling);
     T threshold = std::min(std::max(guess, floor), ceiling);

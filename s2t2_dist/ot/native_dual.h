@@ -25,7 +25,8 @@ void dual_rows(const T* cost, int64_t V, int64_t U, const T* shift, T* potential
             double number, sum;
             count_and_excess(z, U, potentials[i], number, sum);
             errors[t] = std::max(errors[t], T(std::abs(sum - mu[i]) / mu[i]));
-            const T a = potentials[i] = search_row(z, U, mu[i], potentials[i], number);
+            const T above = largest(z, U);
+            const T a = potentials[i] = search_row(z, U, above, mu[i], potentials[i], number);
             for (int64_t j = 0; j < U; ++j) {
                 const T below = (c[j] - largest_cost) - a, over = below - col[j];
                 top[j] = below > top[j] ? below : top[j];

@@ -111,21 +111,27 @@ void search(Solve<T> solve, T* taus, T* shift, const double* mu, double* row_cou
         const T* __restrict sigmas = solve.sigmas;
         ColumnSums<T> count(U, sums + 3 * t * U), excess(U, sums + (3 * t + 1) * U),
             total(U, sums + (3 * t + 2) * U);
+        T gap = 0;  // from a row's largest entry down to its threshold, in the row before
         for (int64_t begin = first; begin < last; begin += BLOCK) {
             const int64_t end = std::min(begin + BLOCK, last);
             for (int64_t i = begin; i < end; ++i) {
                 const T* __restrict c = solve.cost + i * U;
                 look_ahead(c + AHEAD * U, U);
                 if (K == 0) shift[i] = largest(c, U);
-                const T top = shift[i];
+                const T above = shift[i];
                 T tau[K + 1];
                 solve.thresholds(i, tau);  // the last is the guess
+                T top = std::numeric_limits<T>::lowest();
+#pragma omp simd reduction(max : top)
                 for (int64_t j = 0; j < U; ++j) {
-                    T x = c[j] - top, w = 0;
+                    T x = c[j] - above, w = 0;
                     iterate<K>(tau, sigmas + j, U, x, w);
                     z[j] = x;
+                    top = x > top ? x : top;
                 }
-                taus[K * V + i] = search_row(z, U, mu[i], tau[K], row_counts[i]);
+                const T guess = std::isinf(tau[K]) ? top - gap : tau[K];
+                taus[K * V + i] = search_row(z, U, top, mu[i], guess, row_counts[i]);
+                gap = top - taus[K * V + i];
             }
             add_block<K, false>(solve, begin, end, col_guess, count, excess, &total);
         }
