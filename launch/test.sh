@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Every test, after the linter; arguments go to pytest: bash launch/test.sh -m "not slow"
+# Two tests at a time, but never two that start ranks: tests/conftest.py.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -7,4 +8,4 @@ ensure_installed test
 cd "$ROOT"
 ruff check .
 ruff format --check .
-exec python -m pytest "$@"
+exec python -m pytest -n 2 --dist loadgroup "$@"

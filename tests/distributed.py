@@ -16,13 +16,21 @@ from tests import forked
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, tmp_path: Path, *args: Any, timeout: float = 120
+    function: Callable[..., Any],
+    world_size: int,
+    tmp_path: Path,
+    *args: Any,
+    timeout: float = 120,
+    fresh: bool = False,
 ) -> list:
     """`function(comm, *args)` on every rank of a new process group; the results in rank order.
 
     `function` must be importable (a module's top level) and its results picklable. The first
     exception of a rank is raised here with its traceback; ranks that do not end in time are
     terminated and a TimeoutError is raised.
+
+    Args:
+        fresh: no forks: interpreters that read their environment themselves, as glibc does.
     """
     room = tmp_path / f"ranks-{world_size}-{time.monotonic_ns()}"
     room.mkdir(parents=True)
@@ -32,7 +40,7 @@ def run_ranks(
         args=(world_size, room, timeout, function, args),
         nprocs=world_size,
         join=False,
-        start_method=forked.METHOD,
+        start_method="spawn" if fresh else forked.METHOD,
     )
     deadline = time.monotonic() + timeout
     try:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 GRACE_SECONDS = 20
@@ -22,27 +23,31 @@ def context() -> multiprocessing.context.BaseContext:
     return multiprocessing.get_context(METHOD)
 
 
-class Job:
-    """`s2t2 train` in a session of its own: what a launcher starts, in the place of a `Popen`.
+@dataclass(frozen=True)
+class Start:
+    """How a job is started.
 
-    Args:
+    Attributes:
         arguments: of `s2t2 train`.
         ranks: 0 for a single process that no launcher started.
         port: where the ranks meet.
+        output: the file that its output is added to.
     """
 
-    def __init__(
-        self,
-        arguments: list[str],
-        ranks: int,
-        port: str,
-        environment: dict[str, str],
-        folder: Path,
-        output: Path,
-    ):
-        self.args = [*arguments, "--master_port", port]
-        options = (arguments, ranks, port, environment, folder, output)
-        self._process = context().Process(target=_run_job, args=options)
+    arguments: list[str]
+    ranks: int
+    port: str
+    environment: dict[str, str]
+    folder: Path
+    output: Path
+
+
+class Job:
+    """`s2t2 train` in a session of its own: what a launcher starts, in the place of a `Popen`."""
+
+    def __init__(self, start: Start):
+        self.args = [*start.arguments, "--master_port", start.port]
+        self._process = context().Process(target=_run_job, args=(start,))
         self._process.start()
         self.pid = self._process.pid
 
@@ -63,29 +68,23 @@ class Job:
         self._process.kill()
 
 
-def _run_job(
-    arguments: list[str],
-    ranks: int,
-    port: str,
-    environment: dict[str, str],
-    folder: Path,
-    output: Path,
-) -> None:
+def _run_job(start: Start) -> None:
     os.setsid()
-    os.chdir(folder)
-    with output.open("ab") as file:
+    os.chdir(start.folder)
+    with start.output.open("ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     os.environ.clear()
-    os.environ.update(environment)
-    if not ranks:
-        _train(arguments)
-    job = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update(start.environment)
+    if not start.ranks:
+        _train(start.arguments)
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": start.port, "WORLD_SIZE": str(start.ranks)}
+    fork = multiprocessing.get_context("fork")
     processes = []
-    for rank in range(ranks):
+    for rank in range(start.ranks):
         os.environ.update({**job, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        fork = multiprocessing.get_context("fork")
-        processes.append(fork.Process(target=_train, args=([f"--local_rank={rank}", *arguments],)))
+        arguments = [f"--local_rank={rank}", *start.arguments]
+        processes.append(fork.Process(target=_train, args=(arguments,)))
         processes[-1].start()
     os._exit(_wait(processes))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from tests.forked import Job
+from tests.forked import Job, Start
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -97,7 +97,7 @@ def start(
     output, folder = recipe.parent / "output.txt", recipe.parent
     if not launcher:
         arguments = [str(recipe), *overrides]
-        return Job(arguments, ranks, free_port(), environment(), folder, output)
+        return Job(Start(arguments, ranks, free_port(), environment(), folder, output))
     with output.open("ab") as file:
         return subprocess.Popen(
             command(recipe, ranks, *overrides),

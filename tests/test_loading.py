@@ -97,8 +97,8 @@ def test_partitions_equal_the_files_and_memory_falls_with_ranks(tmp_path, monkey
     mini = save_model(tmp_path / "mini", True, 5000, 1)
     tied = save_model(tmp_path / "tied", True, 5001, 30)
     untied = save_model(tmp_path / "untied", False, 5001, 30)
-    (one,) = run_ranks(_load, 1, tmp_path, tied, mini, "bfloat16")
-    three = run_ranks(_load, 3, tmp_path, untied, mini, "float32")
+    (one,) = run_ranks(_load, 1, tmp_path, tied, mini, "bfloat16", fresh=True)
+    three = run_ranks(_load, 3, tmp_path, untied, mini, "float32", fresh=True)
     assert one["dtypes"] == {torch.bfloat16} and one["tied"]
     assert one["rope"] == pytest.approx([1e4 ** (-2 * i / 64) for i in range(32)], rel=1e-6)
     assert all(r["dtypes"] == {torch.float32} and not r["tied"] for r in three)

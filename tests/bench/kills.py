@@ -209,6 +209,9 @@ class Killer:
         assert not list((run_dir / "checkpoints").glob(".*")), "a part of a checkpoint was left"
         check_mlflow(run_dir, self.uri)
         left = self._outside() - set(json.loads((self.work / "outside.json").read_text()))
+        if left:  # what other programs make for a moment is gone now
+            time.sleep(1)
+            left &= self._outside()
         assert not left, f"left outside the run directory: {sorted(left)}"
         assert {path.name for path in recipe.parent.iterdir()} == {
             "run",

@@ -57,7 +57,7 @@ def _from_pretrained(folder: Path, lm: ModelConfig, settings: dict) -> torch.nn.
 def run_loading(name: str, ranks: int, own: bool, room: Path) -> dict:
     folder, miniature = make_model(name, room / name), make_model("miniature", room / "miniature")
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    measured = run_ranks(load_rank, ranks, room / "ranks", folder, miniature, own)
+    measured = run_ranks(load_rank, ranks, room / "ranks", folder, miniature, own, fresh=True)
     return {"model": name, "ranks": ranks, "own": own, "bytes": size, "measured": measured}
 
 

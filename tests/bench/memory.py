@@ -225,7 +225,9 @@ def run_case(case: Case, room: Path) -> dict:
     plan = computed(staged, case.ranks)
     with tempfile.TemporaryDirectory(dir=room) as saved:
         arguments = (case, prepared, Path(saved))
-        measured = run_ranks(measure_rank, case.ranks, room / "ranks", *arguments, timeout=900)
+        measured = run_ranks(
+            measure_rank, case.ranks, room / "ranks", *arguments, timeout=900, fresh=True
+        )
     disk = measured[0]["checkpoint"] / staged.checkpoint
     found = {"ratios": ratios(measured, plan), "checkpoint_ratio": disk}
     return {**asdict(case), "plan": plan, "measured": measured, **found}
