@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every test, after the linter; arguments go to pytest: bash launch/test.sh -m "not slow"
-# Two tests at a time, but never two that start ranks: tests/conftest.py.
+# Two at a time, each test to the worker that is free (loadgroup, without groups): many only wait.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

@@ -21,18 +21,8 @@ from data_prep.readers import RESIDUES
 from data_prep.tokenizer import train_tokenizer
 
 CONTEXT = 32
-# Whose slow tests start no ranks that need both cores, and look at nothing that others do.
-ONE_PROCESS = ("bench", "bpe", "dual", "fuzz_readers", "jobs", "native", "plan", "sinkhorn")
 PROTEIN_VOCAB = 64
 SOURCE_VOCAB = 400
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One of the workers of pytest-xdist takes all tests that start ranks, one after the other."""
-    for item in items:
-        apart = item.path.stem.removeprefix("test_") in ONE_PROCESS
-        if item.get_closest_marker("slow") and not apart:
-            item.add_marker(pytest.mark.xdist_group("ranks"))
 
 
 def write_fasta(path: Path, records: dict[str, str]) -> Path:
