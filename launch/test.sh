@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Every test, after the linter; arguments go to pytest: bash launch/test.sh -m "not slow"
-# Two at a time, each test to the worker that is free (loadgroup, without groups): many only wait.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -8,4 +7,8 @@ ensure_installed test
 cd "$ROOT"
 ruff check .
 ruff format --check .
-exec python -m pytest -n 2 --dist loadgroup "$@"
+if [[ $# -gt 0 ]]; then
+  exec python -m pytest "$@"
+fi
+python -m pytest -n 2 -m "not slow"
+exec python -m pytest -m slow # one at a time: most start ranks that take every core

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 REPORT = ROOT / "runs" / "quickstart-report"
-MOST_SECONDS = 1200  # 500 to 800 on two cores, as fast as their matrix products are
+MOST_SECONDS = 1200  # 600 on two cores; as fast as their matrix products are
 MOST_BITS = 4.25
 
 
@@ -28,7 +28,7 @@ def rows() -> dict[tuple[str, int], dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1500)
 def test_the_quickstart_shows_what_the_method_promises(rows):
     bits = {key: row["bits_per_byte"] for key, row in rows.items()}
     translated = next(b for (label, _), b in bits.items() if label == "S2T2, translation only")
