@@ -28,7 +28,7 @@ def rows() -> dict[tuple[str, int], dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(1200)
 def test_the_quickstart_shows_what_the_method_promises(rows):
     bits = {key: row["bits_per_byte"] for key, row in rows.items()}
     translated = next(b for (label, _), b in bits.items() if label == "S2T2, translation only")

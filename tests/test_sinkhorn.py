@@ -106,7 +106,7 @@ def test_equals_algorithm_1_at_full_size(kind, marginals, iterations):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["random", "near one-hot"])
+@pytest.mark.parametrize("kind", [*SPREADS, "near one-hot", "constant"])
 def test_equals_algorithm_1_at_full_size_for_ten_iterations(kind):
     mu, nu, unit = make_marginals("skewed", 4096, 512)
     assert compare_with_oracle(make_cost(kind, 4096, 512, unit), mu, nu, 10)
