@@ -39,7 +39,7 @@ def weights_like(cost):
 def gradient(dual, cost):
     """dL/dC for that dL/dP."""
     grad = weights_like(cost).to(cost)
-    dual.backward_(grad)
+    dual.backward(grad, grad)
     return grad
 
 
@@ -117,7 +117,7 @@ def solve_cases(comm):
         most = 3 if tolerance is None else 2000
         dual = Dual(cost, mu[rows], nu, counting, iterations=most, tolerance=tolerance)
         grad = torch.randn(V, U, dtype=torch.float64, generator=torch.manual_seed(0))[rows].clone()
-        dual.backward_(grad)
+        dual.backward(grad, grad)
         answers.append((dual.plan(slice(None)), grad, dual.iterations, counting.calls))
     return answers
 

@@ -166,11 +166,11 @@ def test_gradient_of_a_gradient_in_the_space_of_gradients_is_itself():
     dual = solve(cost, mu, nu)
     once = gradient(dual, cost)
     twice = once.clone()
-    dual.backward_(twice)
+    dual.backward(twice, twice)
     assert_near(twice, once, 1e-11)
     assert dual.cg_iterations <= 1
     constant = torch.ones_like(once)
-    dual.backward_(constant)
+    dual.backward(constant, constant)
     assert_near(constant, torch.zeros_like(once), VALUE)
 
 
@@ -194,7 +194,7 @@ def test_duplicated_rows_have_one_plan_and_share_their_gradient():
     grad = weights_like(cost).view(10, 3, 20)
     grad[:, 1:] = grad[:, :1]
     grad = grad.view(30, 20).clone()
-    dual.backward_(grad)
+    dual.backward(grad, grad)
     assert torch.equal(grad[0::3], grad[1::3])
 
 

@@ -31,11 +31,11 @@ class Dual:
     One iteration solves for every row's potential, then for every column's, exactly: afterwards
     the columns hold up to rounding and the rows' error shrinks by a factor that depends on how
     the support connects rows and columns. Nothing of size V x U is kept but the cost itself, which
-    must not change before `backward_`.
+    must not change before `backward`.
 
-    Every rank makes it together and calls `backward_` together. Communication: one maximum of
+    Every rank makes it together and calls `backward` together. Communication: one maximum of
     U + 1 numbers per iteration (and one more with a tolerance); one sum of two numbers per column
-    that is still searched for each Newton step of the columns; in `backward_`, one sum of four
+    that is still searched for each Newton step of the columns; in `backward`, one sum of four
     U-vectors and one U-vector for each step of conjugate gradients.
 
     Args:
@@ -52,7 +52,7 @@ class Dual:
     Attributes:
         iterations: how many were taken.
         converged: whether the tolerance was met; None without one.
-        cg_iterations, cg_residual: of the last `backward_`: steps of conjugate gradients and the
+        cg_iterations, cg_residual: of the last `backward`: steps of conjugate gradients and the
             size of what they left, relative to the sums of |dL/dP - row mean| over each column.
     """
 
@@ -96,8 +96,8 @@ class Dual:
         """The (h, U) rows of P; entries at or below the potentials are exactly zero."""
         return self._run(_plan, *self._tile(rows))
 
-    def backward_(self, grad_VU: torch.Tensor) -> None:
-        """Turn dL/dP into dL/dC, in place; a collective.
+    def backward(self, grad_VU: torch.Tensor, out_VU: torch.Tensor) -> None:
+        """Write dL/dC over out_VU, from dL/dP; both may be one tensor. A collective.
 
         Implicit differentiation: on the support M, P = C - a_i - b_j with sums that stay, so
         dL/dC = M * (G - x_i - y_j), with x and y such that its row and column sums vanish. That
@@ -120,7 +120,7 @@ class Dual:
         )
         for rows in tiles(self._cost_VU):
             unknowns = mean_V1[rows], share_V1[rows], y
-            grad_VU[rows] = self._run(_centred, *self._tile(rows), grad_VU[rows], *unknowns)
+            out_VU[rows] = self._run(_centred, *self._tile(rows), grad_VU[rows], *unknowns)
 
     def _tile(self, rows):
         return self._cost_VU[rows], self._top_V1[rows], self._row_V1[rows], self._col_U

@@ -32,7 +32,7 @@ class Dykstra:
     """A solve of n iterations. One class for one rank and for many.
 
     Communication: per iteration one sum of three U-vectors and, per further Newton step, one of
-    two vectors over the columns that still move; in `backward_`, one U-vector sum per iteration.
+    two vectors over the columns that still move; in `backward`, one U-vector sum per iteration.
 
     Args:
         cost_VU: this rank's rows of C, finite, float32 or float64.
@@ -80,8 +80,10 @@ class Dykstra:
         """The plan of a block of this rank's rows, (h, U)."""
         return self.passes.plan(rows)
 
-    def backward_(self, grad_VU: torch.Tensor) -> None:
-        """Turn dloss/dP into dloss/dC, in place: the projections' Jacobians in reverse.
+    def backward(self, grad_VU: torch.Tensor, out_VU: torch.Tensor) -> None:
+        """Write dloss/dC over out_VU, from dloss/dP: the projections' Jacobians in reverse.
+
+        Both may be one tensor.
 
         For k = n-1..0, with gP = gQ = 0 at first and J h = h - mean over the support, 0 off it:
         gW = J_column(gX - gQ) + gQ;  gZ = J_row(gW - gP) + gP;  then gX = gP = gZ and gQ = gW.
@@ -91,9 +93,9 @@ class Dykstra:
         iterations = len(found.tau)
         col_mean, row_mean = torch.empty_like(found.sigma), torch.empty_like(found.tau)
         for known in range(iterations):
-            sums = self.comm.sum_(self.passes.backward(grad_VU, col_mean, row_mean, known))
+            sums = self.comm.sum_(self.passes.backward(grad_VU, out_VU, col_mean, row_mean, known))
             col_mean[known] = sums / found.col_count[iterations - 1 - known]
-        self.passes.backward(grad_VU, col_mean, row_mean, iterations)
+        self.passes.backward(grad_VU, out_VU, col_mean, row_mean, iterations)
 
     def _guesses(self, k, start):
         """Where the searches of iteration k begin."""

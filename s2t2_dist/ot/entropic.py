@@ -17,7 +17,7 @@ from s2t2_dist.ot.tiles import tiles
 class Entropic:
     """A solve of n iterations. One class for one rank and for many.
 
-    Communication: a U-vector maximum and a U-vector sum per iteration; in `backward_`, one
+    Communication: a U-vector maximum and a U-vector sum per iteration; in `backward`, one
     U-vector sum per iteration and one more.
 
     Args:
@@ -49,15 +49,15 @@ class Entropic:
         """The plan of a block of this rank's rows, (h, U)."""
         return torch.exp_((self.cost[rows] + self.f[-1, rows]).add_(self.g[-1]))
 
-    def backward_(self, grad_VU: torch.Tensor) -> None:
-        """Turn dloss/dP into dloss/dC, in place.
+    def backward(self, grad_VU: torch.Tensor, out_VU: torch.Tensor) -> None:
+        """Write dloss/dC over out_VU, from dloss/dP; both may be one tensor.
 
         Each normalisation takes away its softmax times the gradient of its potential.
         """
         grad_f = torch.zeros_like(self.mu)
         grad_g = torch.zeros_like(self.nu)
         for rows in tiles(self.cost):
-            grad = grad_VU[rows].mul_(self.plan(rows))
+            grad = torch.mul(grad_VU[rows], self.plan(rows), out=out_VU[rows])
             grad_f[rows] = grad.sum(1)
             grad_g += grad.sum(0)
         for k in range(len(self.f) - 1, -1, -1):
@@ -68,7 +68,7 @@ class Entropic:
                 part = torch.exp(logits + self.g[k + 1]).mul_(by_column)
                 by_row = ((grad_f[rows] - part.sum(1)) / self.mu[rows]).to(grad_VU.dtype)
                 other = torch.exp_(logits.add_(self.g[k])).mul_(by_row[:, None])
-                grad_VU[rows] -= part.add_(other)
+                out_VU[rows] -= part.add_(other)
                 grad_g -= other.sum(0)
             grad_f.zero_()
 

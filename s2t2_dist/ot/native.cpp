@@ -42,14 +42,15 @@ void s2t2_plan(const REAL* cost, int64_t V, int64_t U, const REAL* shift, const 
 }
 
 void s2t2_backward(const REAL* cost, int64_t V, int64_t U, const REAL* shift, const REAL* taus,
-                   const REAL* sigmas, int64_t n, int64_t known, REAL* grad,
-                   const REAL* col_means, REAL* row_means, const double* row_counts,
-                   double* sums, int64_t threads) {
+                   const REAL* sigmas, int64_t n, int64_t known,
+                   const REAL* grad, REAL* out, const REAL* col_means, REAL* row_means,
+                   const double* row_counts, double* sums, int64_t threads) {
     const Solve<REAL> solve{cost, V, U, U, shift, taus, sigmas, nullptr};
     with_constant(n, [=](auto N) {
         with_constant(known, [=](auto KNOWN) {
             if constexpr (N > 0 && KNOWN <= N)
-                backward<N, KNOWN>(solve, grad, col_means, row_means, row_counts, sums, threads);
+                backward<N, KNOWN>(solve, grad, out, col_means, row_means, row_counts, sums,
+                                   threads);
         });
     });
 }

@@ -48,5 +48,6 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     return load_compiled(
         SOURCE,
         "the solver's passes could not be compiled, and torch's slower ones are used",
-        define=f"REAL={REALS[dtype]}",
+        f"-DREAL={REALS[dtype]}",
+        "-fopenmp",  # torch's own threads: others would wait until those stop spinning
     )

@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -19,6 +18,10 @@ constexpr int64_t BLOCK = 32;       // rows whose column sums are added up in T 
 constexpr int64_t AHEAD = 3;        // rows that are asked for before they are needed
 constexpr int64_t ROW_BLOCK = 512;  // entries whose row sum is added up in T before in double
 
+// Counts entries of type T; of the same width, so that both fit the same vectors.
+template <typename T>
+using Count = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+
 template <typename T>
 INLINE T relu(T x) {
     return x > 0 ? x : 0;
@@ -29,14 +32,11 @@ INLINE T least(T x, T y) {
     return x < y ? x : y;
 }
 
-// Calls work(thread, first row, last row) on equal parts of V rows.
+// Calls work(part, first row, last row) on equal parts of V rows, a thread each.
 template <typename Work>
 void in_parallel(int64_t V, int64_t threads, Work work) {
-    std::vector<std::thread> others;
-    for (int64_t t = 1; t < threads; ++t)
-        others.emplace_back(work, t, V * t / threads, V * (t + 1) / threads);
-    work(0, 0, V / threads);
-    for (auto& other : others) other.join();
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int64_t t = 0; t < threads; ++t) work(t, V * t / threads, V * (t + 1) / threads);
 }
 
 // Asks the memory for entries that are needed soon (and may lie beyond the matrix, which is no
@@ -79,11 +79,12 @@ void count_and_excess(const T* z, int64_t U, T threshold, double& count, double&
     count = excess = 0;
     for (int64_t first = 0; first < U; first += ROW_BLOCK) {
         const int64_t last = std::min(U, first + ROW_BLOCK);
-        T number = 0, sum = 0;
+        Count<T> number = 0;
+        T sum = 0;
 #pragma omp simd reduction(+ : number, sum)
         for (int64_t j = first; j < last; ++j) {
             const T over = z[j] - threshold;
-            number += over > 0 ? T(1) : T(0);
+            number += over > 0;
             sum += relu(over);
         }
         count += number;

@@ -205,27 +205,38 @@ INLINE void undo(int on, const T* col_mean, const T* row_mean, int64_t stride, T
 }
 
 // See _back_pass in passes.py; KNOWN iterations' column means are known. row_means (n, V) in the
-// order in which they are made; the last known one is made here. sums (threads, U). Supports are
-// found again in every pass: to keep them costs more, in page faults.
+// order in which they are made; the last known one is made here. sums (threads, U). out: where the
+// last pass writes; it may be grad. Otherwise each row of it keeps its supports until then, a byte
+// each; in place they are found again, because memory for them would cost more, in page faults.
 template <int N, int KNOWN, typename T>
-void backward(Solve<T> solve, T* grad, const T* col_means, T* row_means, const double* row_counts,
-              double* sums, int64_t threads) {
+void backward(Solve<T> solve, const T* grad, T* out, const T* col_means, T* row_means,
+              const double* row_counts, double* sums, int64_t threads) {
     const int64_t V = solve.V, U = solve.U;
+    const bool keep = out != grad;
     in_parallel(V, threads, [=](int64_t t, int64_t first, int64_t last) {
         std::vector<uint8_t> row(U);
-        uint8_t* __restrict mask = row.data();
         ColumnSums<T> sum(U, sums + t * U);
         T* __restrict block = sum.block.data();
         const T *__restrict sigmas = solve.sigmas, *__restrict means = col_means;
         for (int64_t i = first; i < last; ++i) {
             const T* __restrict c = solve.cost + i * U;
-            T* __restrict g = grad + i * U;
-            look_ahead(c + AHEAD * U, U), look_ahead(g + AHEAD * U, U);
-            const T top = solve.shift[i];
-            T tau[N];
-            solve.thresholds(i, tau);
-            for (int64_t j = 0; j < U; ++j)
-                mask[j] = uint8_t(supports<N>(tau, sigmas + j, U, c[j] - top));
+            const T* g = grad + i * U;
+            T* o = out + i * U;
+            uint8_t* __restrict mask = row.data();
+            look_ahead(g + AHEAD * U, U);
+            if (KNOWN > 0 && keep) {
+                const uint8_t* kept = reinterpret_cast<const uint8_t*>(o);
+                look_ahead(kept + AHEAD * U * sizeof(T), U);
+                std::copy(kept, kept + U, mask);
+            } else {
+                look_ahead(c + AHEAD * U, U);
+                const T top = solve.shift[i];
+                T tau[N];
+                solve.thresholds(i, tau);
+                for (int64_t j = 0; j < U; ++j)
+                    mask[j] = uint8_t(supports<N>(tau, sigmas + j, U, c[j] - top));
+                if (keep) std::copy(mask, mask + U, reinterpret_cast<uint8_t*>(o));
+            }
             T mean[N];
             for (int d = 0; d + 1 < KNOWN; ++d) mean[d] = row_means[d * V + i];
             if constexpr (KNOWN > 0) {
@@ -239,12 +250,13 @@ void backward(Solve<T> solve, T* grad, const T* col_means, T* row_means, const d
                 });
                 mean[D] = row_means[D * V + i] = T(total / row_counts[k * V + i]);
             }
+#pragma omp simd
             for (int64_t j = 0; j < U; ++j) {
                 T gx = g[j], gq = 0;
                 const int on = mask[j];
                 undo<N, KNOWN>(on, means + j, mean, U, gx, gq);
                 if constexpr (KNOWN == N)
-                    g[j] = gx;
+                    o[j] = gx;
                 else
                     block[j] += on & 2 << 2 * (N - 1 - KNOWN) ? gx - gq : T(0);
             }

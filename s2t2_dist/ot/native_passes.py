@@ -51,13 +51,18 @@ class NativePasses:
         return out
 
     def backward(
-        self, grad_VU: torch.Tensor, col_mean: torch.Tensor, row_mean: torch.Tensor, known: int
+        self,
+        grad_VU: torch.Tensor,
+        out_VU: torch.Tensor,
+        col_mean: torch.Tensor,
+        row_mean: torch.Tensor,
+        known: int,
     ) -> torch.Tensor:
         s, (V, U) = self.state, self.matrix.shape
         sums = torch.zeros(self.threads, U, dtype=torch.float64)
         self._call(
             "backward", self.matrix, V, U, s.shift, s.tau, s.sigma, len(s.tau), known, grad_VU,
-            col_mean, row_mean, s.row_count, sums, self.threads,
+            out_VU, col_mean, row_mean, s.row_count, sums, self.threads,
         )  # fmt: skip
         return sums.sum(0)
 

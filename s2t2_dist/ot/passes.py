@@ -78,12 +78,18 @@ class TorchPasses:
         return self.run(_plan_pass, *self._tile(rows, len(self.state.tau)))
 
     def backward(
-        self, grad_VU: torch.Tensor, col_mean: torch.Tensor, row_mean: torch.Tensor, known: int
+        self,
+        grad_VU: torch.Tensor,
+        out_VU: torch.Tensor,
+        col_mean: torch.Tensor,
+        row_mean: torch.Tensor,
+        known: int,
     ) -> torch.Tensor:
         """Undo the last iterations, whose first `known` means over columns (n, U) are known.
 
-        Makes `row_mean[known - 1]` of (n, V). Returns the sums (U,) whose means come next; where
-        all are known, it writes dloss/dC over grad_VU, which holds dloss/dP, instead.
+        grad_VU is dloss/dP. Makes `row_mean[known - 1]` of (n, V). Returns the sums (U,) whose
+        means come next; where all are known, it writes dloss/dC over out_VU, which may be grad_VU,
+        instead. Until then a pass may keep what it likes in an out_VU of its own.
         """
         iterations = len(self.state.tau)
         sums = torch.zeros_like(self.state.col_count[0])
@@ -97,7 +103,7 @@ class TorchPasses:
             if known < iterations:
                 sums += answer
             else:
-                grad_VU[rows] = answer
+                out_VU[rows] = answer
         return sums
 
     def _search_rows(self, k, rows, mu):

@@ -2,7 +2,7 @@
 
 V rows (source tokens, this rank's part of them), U columns (target tokens); the rows may be
 spread over ranks. A solver is a class: making it solves, `plan(rows)` gives rows of the plan, and
-`backward_(grad)` turns dloss/dP into dloss/dC in place.
+`backward(grad, out)` turns dloss/dP into dloss/dC.
 """
 
 import math
@@ -35,8 +35,8 @@ class Solution(Protocol):
     def plan(self, rows: slice) -> torch.Tensor:
         """(h, U): a block of this rank's rows of P, without autograd."""
 
-    def backward_(self, grad_VU: torch.Tensor) -> None:
-        """Turn dloss/dP into dloss/dC, in place. A collective."""
+    def backward(self, grad_VU: torch.Tensor, out_VU: torch.Tensor) -> None:
+        """Write dloss/dC over out_VU, from dloss/dP; both may be one tensor. A collective."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,6 +236,6 @@ class _Solve(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_plan):
         _ = ctx.saved_tensors
-        grad = new_matrix(grad_plan).copy_(grad_plan)
-        ctx.solution.backward_(grad)
-        return grad, *[None] * 4
+        grad_cost = new_matrix(grad_plan)
+        ctx.solution.backward(grad_plan.contiguous(), grad_cost)
+        return grad_cost, *[None] * 4

@@ -106,7 +106,7 @@ class Transport:
             product_grad(grad_VU[rows], self.values[rows], grad_UK, plan if sparse else None)
             if entropy_weight:
                 grad_VU[rows] += _entropy_grad(plan, self.mass).mul_(entropy_weight)
-        solved.solution.backward_(grad_VU)
+        solved.solution.backward(grad_VU, grad_VU)
         self.cost.grad = grad_VU
         self.start = solved.solution.state
 
@@ -161,8 +161,8 @@ class _Plain:
     def plan(self, rows: slice) -> torch.Tensor:
         return self.cost[rows]
 
-    def backward_(self, grad: torch.Tensor) -> None:
-        """dloss/dP is dloss/dC."""
+    def backward(self, grad: torch.Tensor, out: torch.Tensor) -> None:
+        """dloss/dP is dloss/dC: in place, as it is called here, there is nothing to do."""
 
 
 def _entropy_grad(plan_hU: torch.Tensor, mass: float) -> torch.Tensor:
