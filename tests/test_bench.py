@@ -85,9 +85,8 @@ def test_the_table_has_every_cell():
 
 
 @pytest.mark.slow
-def test_the_command_writes_every_cell(tmp_path, monkeypatch):
+def test_the_command_writes_every_cell(tmp_path):
     """Every method in a process of its own, nothing compiled before."""
-    monkeypatch.setattr(measure, "bandwidths", lambda: SPEED)
     transport.main("40x24", ",".join(METHODS), "0.3", 3, 2, 8.0, tmp_path)
     report = json.loads((tmp_path / "transport.json").read_text())
     assert_complete(report["cases"])
@@ -99,7 +98,7 @@ def assert_complete(cases: list[dict]) -> None:
     # The peak of so small a case may be measured as 0, which has no ratio.
     more = {"both_peak_bytes": measure.MIB}
     cases = [case | (more if "both_peak_bytes" in case else {}) for case in cases]
-    report = {"machine": measure.machine(1), "bandwidths": SPEED, "command": "x", "cases": cases}
+    report = {"machine": measure.machine(1), "command": "x", "cases": cases}
     rows = [line for line in transport.markdown(report).splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows[1:]] == [
         f"| {transport.LABELS[method]}" for method in METHODS
@@ -117,10 +116,10 @@ def test_ratios_and_floor_are_those_of_the_figures():
     timed |= {"first_seconds": 5.0, "row_error": 0.0, "column_error": 0.0, "support_share": 1.0}
     literal = {**dataclasses.asdict(TINY), **timed, "both_peak_bytes": 8 * 2**20}
     ours = {**literal, "method": "native", "both_seconds": 0.2, "both_peak_bytes": 2**20}
-    ours["column_evaluations"] = 11
+    ours |= {"column_evaluations": 11, "bandwidths": SPEED}
     # (11 + 1) passes forward and 3 + 1 backward over 40 x 24 float32.
-    assert transport.floors([ours], SPEED, "both") == (16 * 3840 / 2e10, 16 * 3840 / 3e10)
-    row = transport.table([ours, literal], SPEED)[2]
+    assert transport.floors(ours, "both") == (16 * 3840 / 2e10, 16 * 3840 / 3e10)
+    row = transport.table([ours, literal])[2]
     assert "| 20.0x |" in row and "| 0.12 |" in row
 
 
@@ -133,7 +132,7 @@ def test_gives_up_what_does_not_fit_or_takes_too_long():
     assert transport._measured(twice, [known]) == {"skipped": "not run: about 3 min for one call"}
     given_up = {**dataclasses.asdict(TINY), "skipped": "given up after 10 min"}
     assert "the size before" in transport._measured(twice, [given_up])["skipped"]
-    row = transport.table([{**dataclasses.asdict(twice), "skipped": "why"}], SPEED)[2]
+    row = transport.table([{**dataclasses.asdict(twice), "skipped": "why"}])[2]
     assert "| why |" in row and row.count("|") == len(transport.HEAD) + 1
 
 

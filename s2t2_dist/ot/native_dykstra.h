@@ -7,7 +7,7 @@
 namespace {
 
 constexpr int MOST = 4;      // iterations n: a byte holds the supports of as many
-constexpr int TOGETHER = 4;  // rows that share the loads of what belongs to a column
+constexpr int TOGETHER = 2;  // rows that share the loads of what belongs to a column
 
 template <int K>
 using Constant = std::integral_constant<int, K>;

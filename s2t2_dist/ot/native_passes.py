@@ -8,6 +8,7 @@ from s2t2_dist.ot.tiles import new_matrix
 
 MOST_ITERATIONS = 4  # MOST of native.cpp
 GATHER = 8  # columns are picked out of the rows when fewer than one in GATHER still move
+LANES = 16  # and filled up to a multiple of it: single entries at the end of a row are slow
 
 
 class NativePasses:
@@ -31,14 +32,15 @@ class NativePasses:
         s, (V, U) = self.state, self.matrix.shape
         few, sigma, columns = GATHER * len(moving) < U, s.sigma, None
         if few:
-            threshold_U, sigma = threshold_U[moving], sigma[:, moving].contiguous()
-            columns = moving.int()
+            columns = torch.nn.functional.pad(moving, (0, -len(moving) % LANES))
+            threshold_U, sigma = threshold_U[columns], sigma[:, columns].contiguous()
+            columns = columns.int()
         sums = torch.zeros(self.threads, 2, len(threshold_U), dtype=torch.float64)
         self._call(
             "column_sums", self.matrix, V, len(threshold_U), U, s.shift, s.tau, sigma, columns, k,
             threshold_U, sums, self.threads,
         )  # fmt: skip
-        return sums.sum(0) if few else sums.sum(0)[:, moving]
+        return sums.sum(0)[:, : len(moving)] if few else sums.sum(0)[:, moving]
 
     def plan(self, rows: slice) -> torch.Tensor:
         s, (V, U) = self.state, self.matrix.shape

@@ -84,6 +84,10 @@ def run(case: Case) -> dict[str, object]:
         times = measure.repeated(call)
         found |= {f"{name}_seconds": statistics.median(times), f"{name}_runs": len(times)}
         found[f"{name}_peak_bytes"] = measure.peak_above(call)
+    if case.method in OURS:
+        found["bandwidths"] = (
+            measure.bandwidths()
+        )  # now: a shared machine has fast and slow minutes
     plan = forward().double()
     found["row_error"] = ((plan.sum(1) - mu) / mu).abs().max().item()
     found["column_error"] = ((plan.sum(0) - nu) / nu).abs().max().item()

@@ -63,7 +63,7 @@ def repeated(
     return times
 
 
-def bandwidths(size: int = GIB) -> dict[str, float]:
+def bandwidths(size: int = GIB // 2) -> dict[str, float]:
     """Bytes per second of this process's threads on float32 vectors of `size` bytes.
 
     `read` is a sum, `read two` a dot product of two vectors, `copy` counts what it reads and what
@@ -76,7 +76,7 @@ def bandwidths(size: int = GIB) -> dict[str, float]:
         "copy": (lambda: other.copy_(source), 2 * size),
     }
     return {
-        name: moved / statistics.median(repeated(call, budget=2, least=5))
+        name: moved / statistics.median(repeated(call, budget=0.5, least=5))
         for name, (call, moved) in calls.items()
     }
 
