@@ -85,9 +85,8 @@ def run(case: Case) -> dict[str, object]:
         found |= {f"{name}_seconds": statistics.median(times), f"{name}_runs": len(times)}
         found[f"{name}_peak_bytes"] = measure.peak_above(call)
     if case.method in OURS:
-        found["bandwidths"] = (
-            measure.bandwidths()
-        )  # now: a shared machine has fast and slow minutes
+        # Here, because a shared machine has fast and slow minutes.
+        found["bandwidths"] = measure.bandwidths()
     plan = forward().double()
     found["row_error"] = ((plan.sum(1) - mu) / mu).abs().max().item()
     found["column_error"] = ((plan.sum(0) - nu) / nu).abs().max().item()
