@@ -73,11 +73,14 @@ class GroupComm(LocalComm):
         self.rank = dist.get_rank(self.group)
         self.size = dist.get_world_size(self.group)
         self.hosts = self.gather_objects(socket.gethostname())
-        self._gathers = dist.get_backend(self.group) == "gloo"
+        self._on_gloo = dist.get_backend(self.group) == "gloo"
+
+    def gathers(self, tensor: torch.Tensor) -> bool:
+        """Whether `sum_` gathers: half as many rounds as the ring of gloo's all-reduce takes."""
+        return self._on_gloo and tensor.nbytes * self.size <= MOST_GATHERED
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self._gathers and tensor.nbytes * self.size <= MOST_GATHERED:
-            # Half as many rounds as the ring of gloo's all-reduce takes.
+        if self.gathers(tensor):
             parts = [torch.empty_like(tensor) for _ in range(self.size)]
             dist.all_gather(parts, tensor, group=self.group)
             return torch.sum(torch.stack(parts), 0, out=tensor)

@@ -158,6 +158,7 @@ def test_a_sharded_step_sends_what_the_formula_says(tmp_path):
     # At most: finished columns send nothing; a few scalars are left out.
     assert 0.6 * sum(computed.values()) < counted < 1.05 * sum(computed.values())
     assert [sent(1000, ranks) for ranks in (1, 2, 4)] == [0, 1000, 1500]
+    assert results[0]["sent_bytes"] == pytest.approx(counted, abs=100)  # two ranks: gathered or not
     run = {"ranks": 2, **dataclasses.asdict(shape), "results": results}
     check = scaling._check(run)
     assert check["traffic"] == pytest.approx(counted / sum(computed.values()))
@@ -173,7 +174,7 @@ def test_scaling_fails_where_a_formula_is_a_tenth_off(tmp_path, monkeypatch, mem
     computed = sum(rank_memory(70, 48, 12, 2).values())
     traffic = sum(rank_traffic(48, 12, column_evaluations=9).values())
     rank = {"seconds": 1.0, "calls": {"column searches": 9}, "payload_bytes": {"all": traffic}}
-    rank["peak_bytes"] = memory * computed
+    rank |= {"peak_bytes": memory * computed, "sent_bytes": traffic}
     monkeypatch.setattr(scaling, "run_ranks", lambda *args, **kwargs: [rank, rank])
     settings = {"scaling": "70x48x12", "ranks": "2", "slices": "70x48x12", "steps": 1}
     try:
