@@ -10,5 +10,5 @@ ruff format --check .
 if [[ $# -gt 0 ]]; then
   exec python -m pytest "$@"
 fi
-python -m pytest -n 2 -m "not slow"
-exec python -m pytest -m slow # one at a time: most start ranks that take every core
+python -m pytest -n 2 --dist loadfile -m "not alone"
+exec python -m pytest -m alone

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -86,14 +87,15 @@ def test_the_table_has_every_cell():
 
 @pytest.mark.slow
 def test_the_command_writes_every_cell(tmp_path):
-    """Every method in a process of its own, nothing compiled before."""
-    transport.main("40x24", ",".join(METHODS), "0.3", 3, 2, 8.0, tmp_path)
+    """Every method in a process of its own, but for the one whose compiler takes a minute."""
+    methods = [method for method in METHODS if method != "compile"]
+    transport.main("40x24", ",".join(methods), "0.3", 3, 1, 8.0, tmp_path)
     report = json.loads((tmp_path / "transport.json").read_text())
-    assert_complete(report["cases"])
+    assert_complete(report["cases"], methods)
     assert (tmp_path / "transport.md").read_text() == transport.markdown(report)
 
 
-def assert_complete(cases: list[dict]) -> None:
+def assert_complete(cases: list[dict], methods: Sequence[str] = METHODS) -> None:
     """The page has a line for every method and no empty cell."""
     # The peak of so small a case may be measured as 0, which has no ratio.
     more = {"both_peak_bytes": measure.MIB}
@@ -101,7 +103,7 @@ def assert_complete(cases: list[dict]) -> None:
     report = {"machine": measure.machine(1), "command": "x", "cases": cases}
     rows = [line for line in transport.markdown(report).splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows[1:]] == [
-        f"| {transport.LABELS[method]}" for method in METHODS
+        f"| {transport.LABELS[method]}" for method in methods
     ]
     for row, case in zip(rows[1:], cases, strict=True):
         cells = [cell.strip() for cell in row.strip("|").split("|")]

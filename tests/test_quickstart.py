@@ -28,6 +28,7 @@ def rows() -> dict[tuple[str, int], dict]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.timeout(1200)
 def test_the_quickstart_shows_what_the_method_promises(rows):
     bits = {key: row["bits_per_byte"] for key, row in rows.items()}
