@@ -73,6 +73,7 @@ def test_peak_sees_memory_that_was_freed_and_memory_that_stays():
         assert measure.peak_above(call) == pytest.approx(expected, abs=2 * measure.MIB)
 
 
+@pytest.mark.slow
 @pot_warns
 def test_the_table_has_every_cell():
     cases = [dataclasses.replace(TINY, method=method) for method in METHODS if method != "compile"]

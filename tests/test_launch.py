@@ -100,6 +100,7 @@ def test_moved_checkout_is_not_reused(installed):
     assert run_bash("is_installed run", moved).returncode != 0
 
 
+@pytest.mark.slow
 def test_interrupted_install_starts_over_and_a_failing_one_says_where_the_log_is(installed):
     """Without an index pip cannot find torch: the environment is made anew, then pip fails."""
     (installed / ".venv" / ".unfinished").touch()

@@ -31,6 +31,7 @@ def solve(dtype=torch.float64, iterations=3, **options):
     return Dykstra(cost, mu, nu, LocalComm(), iterations=iterations, **options)
 
 
+@pytest.mark.slow
 def test_compiles_once_and_is_used(fresh):
     assert isinstance(solve().passes, NativePasses)
     (library,) = fresh.iterdir()

@@ -137,6 +137,7 @@ def test_dense_equals_log_domain_autograd(kind):
         assert_near(weighted_grad(result.plan, cost), weighted_grad(expected, cost), GRADIENT)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:scipy.optimize:DeprecationWarning")  # POT's call
 def test_limits_equal_pot():
     """POT minimises the same objectives by other means: L-BFGS on the semi-dual, Sinkhorn-Knopp."""

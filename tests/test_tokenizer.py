@@ -271,6 +271,7 @@ def test_sweep_compresses_more_with_more_tokens(tmp_path):
     assert found[64].characters == sum(len(document.text) for document in documents[::5])
 
 
+@pytest.mark.slow
 def test_sizes_from_32_to_32768(tmp_path):
     rng = random.Random(0)
     motifs = ["".join(rng.choices(RESIDUES, k=6)) for _ in range(30_000)]

@@ -225,6 +225,7 @@ def test_separate_plans_learn_apart_and_start_together():
     assert separate.costs[0].grad.any() and not separate.costs[1].grad.any()
 
 
+@pytest.mark.slow
 def test_dual_translates_by_the_limit_of_dykstra():
     embed, head, mu, nu, step = translator_inputs()
     limits = [("dykstra", {"iterations": 300}), ("dual", {"iterations": 999, "tolerance": 1e-5})]
