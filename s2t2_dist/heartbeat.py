@@ -161,10 +161,9 @@ class _Heart:
     def _find_silent(self, begun: float) -> None:
         """Judge by the time before the last listening: this process may have been frozen itself."""
         for peer in self.peers:
-            silence = begun - peer.heard
-            if silence > self.timeout:
+            if begun - peer.heard > self.timeout:
                 name = self.comm.name(peer.rank)
-                self._end(f"{name} was lost: no sign of life for {silence:.0f} s")
+                self._end(f"{name} was lost: no sign of life for {self.timeout:g} s")
 
     def _find_missing(self) -> None:
         """On rank 0: after a collective's timeout, who did not come to it although it lives."""

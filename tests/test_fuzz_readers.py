@@ -65,7 +65,7 @@ def oracle(data: bytes) -> tuple[list[bytes], ReadCounts]:
     return sequences, counts
 
 
-def check(data: bytes, size: int) -> None:
+def assert_agrees(data: bytes, size: int) -> None:
     """The reader agrees with the oracle, cut into chunks of any size."""
     blocks = [data[i : i + 7] for i in range(0, len(data), 7)]
     counts, texts, line = ReadCounts(), [], 1
@@ -100,7 +100,7 @@ def fuzz(examples):
 @example(b" \n >a\nAC", 1)
 @example(b">a\r\nAC\r\n>b\rDE\r\r>c", 1)
 def test_the_reader_loses_nothing(data, size):
-    check(with_start(data), size)
+    assert_agrees(with_start(data), size)
 
 
 @pytest.mark.slow
@@ -112,7 +112,7 @@ def test_the_reader_loses_nothing_in_200_000_cases():
     def fuzzed(drawn):
         for content, size in cases_of(drawn):
             data = with_start(content)
-            check(data, size)
+            assert_agrees(data, size)
             seen.add(hash((data, size)))
 
     fuzzed()

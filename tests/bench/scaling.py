@@ -56,15 +56,15 @@ class CountingComm(GroupComm):
         self.sent = 0
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        gathered = (self.size - 1) * tensor.nbytes if self.gathers(tensor) else None
-        self._count(tensor, gathered)
+        ring = sent(tensor.nbytes, self.size)
+        self._count(tensor, (self.size - 1) * tensor.nbytes if self.gathers(tensor) else ring)
         return super().sum_(tensor)
 
     def max_(self, tensor: torch.Tensor) -> torch.Tensor:
-        self._count(tensor)
+        self._count(tensor, sent(tensor.nbytes, self.size))
         return super().max_(tensor)
 
-    def _count(self, tensor: torch.Tensor, gathered: int | None = None) -> None:
+    def _count(self, tensor: torch.Tensor, leaving: int) -> None:
         if tensor.numel() >= self.shape.U * self.shape.D:
             kind = "U x K sums"
         elif len(tensor) in (2, 3 * self.shape.U + 1):  # the first of an iteration has totals too
@@ -73,7 +73,7 @@ class CountingComm(GroupComm):
             kind = "U-vectors" if tensor.numel() >= self.shape.U else "scalars"
         self.calls[kind] += 1
         self.bytes[kind] += tensor.nbytes
-        self.sent += sent(tensor.nbytes, self.size) if gathered is None else gathered
+        self.sent += leaving
 
 
 def measure_rank(_, shape: Shape) -> dict[str, object]:
