@@ -13,6 +13,7 @@ import string
 from pathlib import Path
 
 import pytest
+import rich
 import torch
 from transformers import OlmoConfig, OlmoForCausalLM
 
@@ -84,6 +85,13 @@ def make_small_inputs(folder: Path) -> tuple[Path, Path]:
         make_source_model(model, folder / "source")
         build_shards([fasta], folder / "target", data, BuildOptions(CONTEXT, 0.2))
     return model, data
+
+
+@pytest.fixture
+def print_width():
+    """Sets how wide rich prints; otherwise it is as wide as the first test that printed found."""
+    yield lambda columns: rich.reconfigure(width=columns)
+    rich.reconfigure()
 
 
 @pytest.fixture(scope="session")

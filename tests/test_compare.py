@@ -191,7 +191,8 @@ def test_other_text_is_refused(runs, source_model, protein_fasta, protein_tokeni
         compare([runs[0], tmp_path / "other"], tmp_path / "out")
 
 
-def test_command_prints_the_table(runs, tmp_path, capsys):
+def test_command_prints_the_table(runs, tmp_path, capsys, print_width):
+    print_width(80)
     code = cli.run(["compare", *map(str, runs), "--out", str(tmp_path / "out")])
     assert code == 0
     printed = capsys.readouterr().out

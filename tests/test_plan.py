@@ -157,8 +157,8 @@ def test_command_prints_json(capsys):
             assert sum(stage["phases"][stage["peak_phase"]].values()) == stage["peak"]
 
 
-def test_command_prints_every_file_and_the_advice(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+def test_command_prints_every_file_and_the_advice(capsys, print_width):
+    print_width(200)
     command = ["plan", str(ONE_B), "--gpus", "16", "--gpu-memory", "80", *DATA]
     assert cli.run([*command, "--config", str(CONFIGS / "olmo-1b")]) == 0
     out = capsys.readouterr().out

@@ -165,12 +165,12 @@ class Dual:
         return row_V1, top_U, sums, error
 
     def _native_rows(self):
-        (V, U), threads = self._cost_VU.shape, native.threads(len(self._cost_VU))
+        (V, U), parts = self._cost_VU.shape, native.parts(len(self._cost_VU))
         row_V1 = self._row_V1.clone()
-        errors = row_V1.new_zeros(threads)
-        tops = row_V1.new_full((threads, U), -math.inf)
-        sums = torch.zeros(threads, 2, U, dtype=torch.float64)
-        arguments = (self._top_V1, row_V1, self._col_U, self._mu_V1, errors, tops, sums, threads)
+        errors = row_V1.new_zeros(parts)
+        tops = row_V1.new_full((parts, U), -math.inf)
+        sums = torch.zeros(parts, 2, U, dtype=torch.float64)
+        arguments = (self._top_V1, row_V1, self._col_U, self._mu_V1, errors, tops, sums, parts)
         native.call("dual_rows", row_V1.dtype, self._cost_VU, V, U, *arguments)
         return row_V1, tops.amax(0), sums.sum(0), errors.amax(0, keepdim=True)
 
@@ -198,10 +198,10 @@ class Dual:
         return sums
 
     def _native_columns(self, threshold_U, moving, few):
-        (V, U), threads = self._cost_VU.shape, native.threads(len(self._cost_VU))
+        (V, U), parts = self._cost_VU.shape, native.parts(len(self._cost_VU))
         col, columns = (threshold_U[moving], moving.int()) if few else (threshold_U, None)
-        sums = torch.zeros(threads, 2, len(col), dtype=torch.float64)
-        arguments = (self._top_V1, self._row_V1, col, columns, sums, threads)
+        sums = torch.zeros(parts, 2, len(col), dtype=torch.float64)
+        arguments = (self._top_V1, self._row_V1, col, columns, sums, parts)
         native.call("dual_columns", col.dtype, self._cost_VU, V, len(col), U, *arguments)
         return sums.sum(0) if few else sums.sum(0)[:, moving]
 

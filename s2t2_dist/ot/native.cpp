@@ -4,84 +4,86 @@
 // row-major matrices.
 // Compiled for one floating-point type at a time: -DREAL=float or double.
 
+#include <omp.h>
+
 #include "native_dual.h"
 #include "native_dykstra.h"
 #include "native_plan.h"
 
 extern "C" {
 
+void s2t2_set_threads(int64_t threads) { omp_set_num_threads(int(threads)); }
+
 void s2t2_search(const REAL* cost, int64_t V, int64_t U, REAL* shift, REAL* taus,
                  const REAL* sigmas, int64_t k, const double* mu, double* row_counts,
-                 const REAL* col_guess, double* sums, int64_t threads) {
+                 const REAL* col_guess, double* sums, int64_t parts) {
     const Solve<REAL> solve{cost, V, U, U, shift, taus, sigmas, nullptr};
     with_constant(k, [=](auto K) {
         if constexpr (K < MOST)
-            search<K>(solve, taus, shift, mu, row_counts, col_guess, sums, threads);
+            search<K>(solve, taus, shift, mu, row_counts, col_guess, sums, parts);
     });
 }
 
-void s2t2_column_sums(const REAL* cost, int64_t V, int64_t U, int64_t row_length,
-                      const REAL* shift, const REAL* taus, const REAL* sigmas,
-                      const int32_t* columns, int64_t k, const REAL* threshold, double* sums,
-                      int64_t threads) {
+void s2t2_column_sums(const REAL* cost, int64_t V, int64_t U, int64_t row_length, const REAL* shift,
+                      const REAL* taus, const REAL* sigmas, const int32_t* columns, int64_t k,
+                      const REAL* threshold, double* sums, int64_t parts) {
     const Solve<REAL> solve{cost, V, U, row_length, shift, taus, sigmas, columns};
     with_constant(k, [=](auto K) {
         if constexpr (K < MOST)
-            columns ? column_sums<K, true>(solve, threshold, sums, threads)
-                    : column_sums<K, false>(solve, threshold, sums, threads);
+            columns ? column_sums<K, true>(solve, threshold, sums, parts)
+                    : column_sums<K, false>(solve, threshold, sums, parts);
     });
 }
 
 void s2t2_plan(const REAL* cost, int64_t V, int64_t U, const REAL* shift, const REAL* taus,
                const REAL* sigmas, int64_t n, int64_t first_row, int64_t rows, REAL* out,
-               int64_t threads) {
+               int64_t parts) {
     const Solve<REAL> solve{cost, V, U, U, shift, taus, sigmas, nullptr};
     with_constant(n, [=](auto N) {
-        if constexpr (N > 0) plan<N>(solve, first_row, rows, out, threads);
+        if constexpr (N > 0) plan<N>(solve, first_row, rows, out, parts);
     });
 }
 
 void s2t2_backward(const REAL* cost, int64_t V, int64_t U, const REAL* shift, const REAL* taus,
-                   const REAL* sigmas, int64_t n, int64_t known,
-                   const REAL* grad, REAL* out, const REAL* col_means, REAL* row_means,
-                   const double* row_counts, double* sums, int64_t threads) {
+                   const REAL* sigmas, int64_t n, int64_t known, const REAL* grad, REAL* out,
+                   const REAL* col_means, REAL* row_means, const double* row_counts, double* sums,
+                   int64_t parts) {
     const Solve<REAL> solve{cost, V, U, U, shift, taus, sigmas, nullptr};
     with_constant(n, [=](auto N) {
         with_constant(known, [=](auto KNOWN) {
             if constexpr (N > 0 && KNOWN <= N)
-                backward<N, KNOWN>(solve, grad, out, col_means, row_means, row_counts, sums,
-                                   threads);
+                backward<N, KNOWN>(solve, grad, out, col_means, row_means, row_counts, sums, parts);
         });
     });
 }
 
 void s2t2_dual_rows(const REAL* cost, int64_t V, int64_t U, const REAL* shift, REAL* potentials,
                     const REAL* col, const double* mu, REAL* errors, REAL* tops, double* sums,
-                    int64_t threads) {
-    dual_rows(cost, V, U, shift, potentials, col, mu, errors, tops, sums, threads);
+                    int64_t parts) {
+    dual_rows(cost, V, U, shift, potentials, col, mu, errors, tops, sums, parts);
 }
 
 void s2t2_dual_columns(const REAL* cost, int64_t V, int64_t U, int64_t row_length,
-                       const REAL* shift, const REAL* row, const REAL* col,
-                       const int32_t* columns, double* sums, int64_t threads) {
+                       const REAL* shift, const REAL* row, const REAL* col, const int32_t* columns,
+                       double* sums, int64_t parts) {
     const Solve<REAL> solve{cost, V, U, row_length, shift, row, nullptr, columns};
-    columns ? dual_columns<true>(solve, col, sums, threads)
-            : dual_columns<false>(solve, col, sums, threads);
+    columns ? dual_columns<true>(solve, col, sums, parts)
+            : dual_columns<false>(solve, col, sums, parts);
 }
 
 void s2t2_plan_sums(const REAL* plan, int64_t V, int64_t U, double* row_sums, double* col_sums,
-                    double* support, int64_t threads) {
-    plan_sums(plan, V, U, row_sums, col_sums, support, threads);
+                    double* support, int64_t parts) {
+    plan_sums(plan, V, U, row_sums, col_sums, support, parts);
 }
 
 void s2t2_add_product(const REAL* plan, const REAL* values, REAL* total, int64_t h, int64_t U,
-                      int64_t K, int64_t threads) {
-    add_product(plan, values, total, h, U, K, threads);
+                      int64_t K) {
+    add_product(plan, values, total, h, U, K);
 }
 
-void s2t2_product_grad(const REAL* plan, const REAL* values, const REAL* grad, REAL* out,
-                       int64_t h, int64_t U, int64_t K, int64_t threads) {
-    product_grad(plan, values, grad, out, h, U, K, threads);
+void s2t2_product_grad(const REAL* plan, const REAL* values, const REAL* grad, REAL* out, int64_t h,
+                       int64_t U, int64_t K, int64_t parts) {
+    product_grad(plan, values, grad, out, h, U, K, parts);
 }
 
 }  // extern "C"

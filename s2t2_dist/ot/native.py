@@ -13,6 +13,7 @@ import torch
 from s2t2_dist.compiled import load_compiled
 
 SOURCE = Path(__file__).with_name("native.cpp")
+MOST_PARTS, PART_ROWS = 32, 64  # more parts share the work more evenly, and add up more sums
 REALS = {torch.float32: "float", torch.float64: "double"}  # compiled when first asked for
 
 
@@ -27,13 +28,18 @@ def can_call(*tensors: torch.Tensor) -> bool:
 
 
 def call(name: str, dtype: torch.dtype, *arguments: torch.Tensor | int | None) -> None:
-    """Call a function of native.cpp; tensors must be contiguous."""
-    getattr(_library(dtype), f"s2t2_{name}")(*map(_as_c, arguments))
+    """Call a function of native.cpp, on as many threads as torch's; tensors must be contiguous."""
+    library = _library(dtype)
+    library.s2t2_set_threads(ctypes.c_int64(torch.get_num_threads()))
+    getattr(library, f"s2t2_{name}")(*map(_as_c, arguments))
 
 
-def threads(parts: int) -> int:
-    """How many threads share so many parts."""
-    return max(1, min(torch.get_num_threads(), parts))
+def parts(rows: int) -> int:
+    """Into how many parts a pass over so many rows is cut, each with column sums of its own.
+
+    It depends on nothing else, so that results are the same with any number of threads.
+    """
+    return max(1, min(MOST_PARTS, rows // PART_ROWS))
 
 
 def _as_c(argument: object):

@@ -1,4 +1,5 @@
-// What the passes of native.cpp share: threads, sums over rows and columns, the search of a row.
+// What the passes of native.cpp share: parts in parallel, sums over rows and columns, the search of
+// a row.
 
 #pragma once
 
@@ -23,20 +24,22 @@ template <typename T>
 using Count = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 
 template <typename T>
-INLINE T relu(T x) {
-    return x > 0 ? x : 0;
-}
-
-template <typename T>
 INLINE T least(T x, T y) {
     return x < y ? x : y;
 }
 
-// Calls work(part, first row, last row) on equal parts of V rows, a thread each.
+// max(x - threshold, 0), to the last bit.
+template <typename T>
+INLINE T over(T x, T threshold) {
+    return x - least(x, threshold);
+}
+
+// Calls work(part, first row, last row) on equal parts of V rows. Threads take the next part when
+// they are done with one, because on a shared machine one thread may be slower than another.
 template <typename Work>
-void in_parallel(int64_t V, int64_t threads, Work work) {
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (int64_t t = 0; t < threads; ++t) work(t, V * t / threads, V * (t + 1) / threads);
+void in_parallel(int64_t V, int64_t parts, Work work) {
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int64_t t = 0; t < parts; ++t) work(t, V * t / parts, V * (t + 1) / parts);
 }
 
 // Asks the memory for entries that are needed soon (and may lie beyond the matrix, which is no
@@ -44,7 +47,8 @@ void in_parallel(int64_t V, int64_t threads, Work work) {
 template <typename T>
 void look_ahead(const T* entries, int64_t count) {
     const char* bytes = reinterpret_cast<const char*>(entries);
-    for (int64_t b = 0; b < count * int64_t(sizeof(T)); b += 64) __builtin_prefetch(bytes + b, 0, 2);
+    for (int64_t b = 0; b < count * int64_t(sizeof(T)); b += 64)
+        __builtin_prefetch(bytes + b, 0, 2);
 }
 
 // Column sums of many rows: in T over a block, in double over the blocks.
@@ -59,16 +63,18 @@ struct ColumnSums {
     }
 };
 
-// Sum over j of term(j), in T over blocks and in double over those.
+// Sum over j of term(j), in T over blocks and in double over those. In two chains, because an
+// addition waits for the one before it.
 template <typename T, typename Term>
 double row_sum(int64_t U, Term term) {
     double total = 0;
     for (int64_t first = 0; first < U; first += ROW_BLOCK) {
-        const int64_t last = std::min(U, first + ROW_BLOCK);
-        T sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = first; j < last; ++j) sum += term(j);
-        total += sum;
+        const int64_t last = std::min(U, first + ROW_BLOCK), half = (last - first) / 2;
+        T sum = 0, other = 0;
+#pragma omp simd reduction(+ : sum, other)
+        for (int64_t j = first; j < first + half; ++j) sum += term(j), other += term(j + half);
+        if (first + 2 * half < last) sum += term(last - 1);
+        total += sum + other;
     }
     return total;
 }
@@ -78,17 +84,21 @@ template <typename T>
 void count_and_excess(const T* z, int64_t U, T threshold, double& count, double& excess) {
     count = excess = 0;
     for (int64_t first = 0; first < U; first += ROW_BLOCK) {
-        const int64_t last = std::min(U, first + ROW_BLOCK);
-        Count<T> number = 0;
-        T sum = 0;
-#pragma omp simd reduction(+ : number, sum)
-        for (int64_t j = first; j < last; ++j) {
-            const T over = z[j] - threshold;
-            number += over > 0;
-            sum += relu(over);
+        const int64_t last = std::min(U, first + ROW_BLOCK), half = (last - first) / 2;
+        Count<T> number = 0, numbers = 0;
+        T sum = 0, sums = 0;
+        const T* __restrict y = z + half;
+#pragma omp simd reduction(+ : number, numbers, sum, sums)
+        for (int64_t j = first; j < first + half; ++j) {
+            number += z[j] > threshold, numbers += y[j] > threshold;
+            sum += over(z[j], threshold), sums += over(y[j], threshold);
         }
-        count += number;
-        excess += sum;
+        if (first + 2 * half < last) {
+            number += z[last - 1] > threshold;
+            sum += over(z[last - 1], threshold);
+        }
+        count += number + numbers;
+        excess += sum + sums;
     }
 }
 

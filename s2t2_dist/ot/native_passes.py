@@ -17,14 +17,14 @@ class NativePasses:
     def __init__(self, state: State):
         self.state = state
         self.matrix = state.cost.contiguous()
-        self.threads = native.threads(len(self.matrix))
+        self.parts = native.parts(len(self.matrix))
 
     def search(self, k: int, mu_V: torch.Tensor, col_guess_U: torch.Tensor) -> torch.Tensor:
         s, (V, U) = self.state, self.matrix.shape
-        sums = torch.zeros(self.threads, 3, U, dtype=torch.float64)
+        sums = torch.zeros(self.parts, 3, U, dtype=torch.float64)
         self._call(
             "search", self.matrix, V, U, s.shift, s.tau, s.sigma, k, mu_V, s.row_count[k],
-            col_guess_U.contiguous(), sums, self.threads,
+            col_guess_U.contiguous(), sums, self.parts,
         )  # fmt: skip
         return sums.sum(0)
 
@@ -35,10 +35,10 @@ class NativePasses:
             columns = torch.nn.functional.pad(moving, (0, -len(moving) % LANES))
             threshold_U, sigma = threshold_U[columns], sigma[:, columns].contiguous()
             columns = columns.int()
-        sums = torch.zeros(self.threads, 2, len(threshold_U), dtype=torch.float64)
+        sums = torch.zeros(self.parts, 2, len(threshold_U), dtype=torch.float64)
         self._call(
             "column_sums", self.matrix, V, len(threshold_U), U, s.shift, s.tau, sigma, columns, k,
-            threshold_U, sums, self.threads,
+            threshold_U, sums, self.parts,
         )  # fmt: skip
         return sums.sum(0)[:, : len(moving)] if few else sums.sum(0)[:, moving]
 
@@ -48,7 +48,7 @@ class NativePasses:
         out = new_matrix(self.matrix, last - first)
         self._call(
             "plan", self.matrix, V, U, s.shift, s.tau, s.sigma, len(s.tau), first, last - first,
-            out, self.threads,
+            out, native.parts(last - first),
         )  # fmt: skip
         return out
 
@@ -61,10 +61,10 @@ class NativePasses:
         known: int,
     ) -> torch.Tensor:
         s, (V, U) = self.state, self.matrix.shape
-        sums = torch.zeros(self.threads, U, dtype=torch.float64)
+        sums = torch.zeros(self.parts, U, dtype=torch.float64)
         self._call(
             "backward", self.matrix, V, U, s.shift, s.tau, s.sigma, len(s.tau), known, grad_VU,
-            out_VU, col_mean, row_mean, s.row_count, sums, self.threads,
+            out_VU, col_mean, row_mean, s.row_count, sums, self.parts,
         )  # fmt: skip
         return sums.sum(0)
 

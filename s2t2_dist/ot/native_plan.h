@@ -19,19 +19,21 @@ int64_t not_zero(const T* p, int64_t U, int32_t* columns) {
     return count;
 }
 
-// Sums over a plan: of each row; of each column (threads, U); and the entries that are not 0
-// (threads).
+// Sums over a plan: of each row; of each column (parts, U); and the entries that are not 0
+// (parts).
 template <typename T>
 void plan_sums(const T* plan, int64_t V, int64_t U, double* row_sums, double* col_sums,
-               double* support, int64_t threads) {
-    in_parallel(V, threads, [=](int64_t t, int64_t first, int64_t last) {
+               double* support, int64_t parts) {
+    in_parallel(V, parts, [=](int64_t t, int64_t first, int64_t last) {
         ColumnSums<T> sum(U, col_sums + t * U);
         T* __restrict block = sum.block.data();
         for (int64_t i = first; i < last; ++i) {
             const T* __restrict p = plan + i * U;
-            row_sums[i] = row_sum<T>(U, [=](int64_t j) { return p[j]; });
+            row_sums[i] = row_sum<T>(U, [=](int64_t j) {
+                block[j] += p[j];
+                return p[j];
+            });
             support[t] += row_sum<T>(U, [=](int64_t j) { return p[j] != 0 ? T(1) : T(0); });
-            for (int64_t j = 0; j < U; ++j) block[j] += p[j];
             if ((i - first + 1) % BLOCK == 0) sum.flush();
         }
         sum.flush();
@@ -39,12 +41,11 @@ void plan_sums(const T* plan, int64_t V, int64_t U, double* row_sums, double* co
 }
 
 // Y += P^T X: the entries of P that are not 0, each with a part of a row of X that stays in cache.
-// P (h, U), X (h, K), Y (U, K). A thread has columns of Y to itself.
+// P (h, U), X (h, K), Y (U, K). Each part has columns of Y to itself.
 template <typename T>
-void add_product(const T* plan, const T* values, T* total, int64_t h, int64_t U, int64_t K,
-                 int64_t threads) {
+void add_product(const T* plan, const T* values, T* total, int64_t h, int64_t U, int64_t K) {
     const int64_t chunks = (K + CHUNK - 1) / CHUNK;
-    in_parallel(chunks, std::min(threads, chunks), [=](int64_t, int64_t from, int64_t to) {
+    in_parallel(chunks, chunks, [=](int64_t, int64_t from, int64_t to) {
         std::vector<int32_t> columns(U);
         for (int64_t first = from * CHUNK; first < std::min(to * CHUNK, K); first += CHUNK) {
             const int64_t width = std::min(CHUNK, K - first);
@@ -66,8 +67,8 @@ void add_product(const T* plan, const T* values, T* total, int64_t h, int64_t U,
 // G = X Y'^T where P is not 0, and 0 elsewhere; Y' (U, K) is dloss/dY, G (h, U).
 template <typename T>
 void product_grad(const T* plan, const T* values, const T* grad, T* out, int64_t h, int64_t U,
-                  int64_t K, int64_t threads) {
-    in_parallel(h, std::min(threads, h), [=](int64_t, int64_t from, int64_t to) {
+                  int64_t K, int64_t parts) {
+    in_parallel(h, parts, [=](int64_t, int64_t from, int64_t to) {
         std::vector<int32_t> columns(U);
         std::fill(out + from * U, out + to * U, T(0));
         for (int64_t first = 0; first < K; first += CHUNK) {

@@ -28,7 +28,7 @@ def add_product(
         return
     sizes = (*plan_hU.shape, values_hK.shape[1])
     tensors = (plan_hU, values_hK, total_UK)
-    native.call("add_product", plan_hU.dtype, *tensors, *sizes, torch.get_num_threads())
+    native.call("add_product", plan_hU.dtype, *tensors, *sizes)
 
 
 def product_grad(
@@ -46,7 +46,7 @@ def product_grad(
         return
     sizes = (*plan_hU.shape, values_hK.shape[1])
     tensors = (plan_hU, values_hK, grad_UK, out_hU)
-    native.call("product_grad", plan_hU.dtype, *tensors, *sizes, torch.get_num_threads())
+    native.call("product_grad", plan_hU.dtype, *tensors, *sizes, native.parts(len(plan_hU)))
 
 
 def plan_sums(plan_hU: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -57,12 +57,12 @@ def plan_sums(plan_hU: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
     if not native.can_call(plan_hU):
         support = torch.count_nonzero(plan_hU).double()[None]
         return plan_hU.sum(1, dtype=torch.float64), plan_hU.sum(0, dtype=torch.float64), support
-    (h, U), threads = plan_hU.shape, native.threads(len(plan_hU))
+    (h, U), parts = plan_hU.shape, native.parts(len(plan_hU))
     row_sums = torch.empty(h, dtype=torch.float64)
-    col_sums = torch.zeros(threads, U, dtype=torch.float64)
-    support = torch.zeros(threads, dtype=torch.float64)
+    col_sums = torch.zeros(parts, U, dtype=torch.float64)
+    support = torch.zeros(parts, dtype=torch.float64)
     tensors = (row_sums, col_sums, support)
-    native.call("plan_sums", plan_hU.dtype, plan_hU, h, U, *tensors, threads)
+    native.call("plan_sums", plan_hU.dtype, plan_hU, h, U, *tensors, parts)
     return row_sums, col_sums.sum(0), support.sum(0, keepdim=True)
 
 

@@ -105,14 +105,16 @@ def sparse_sinkhorn(
     options |= {"backend": backend}
     rows, columns = mu > 0, nu > 0
     whole = bool(rows.all() and columns.all())
-    cost = cost_VU if whole else cost_VU[rows][:, columns]
-    plan = _Solve.apply(cost, mu[rows], nu[columns], comm, options)
-    sums = PlanSums(mu[rows], nu[columns])
+    cost = cost_VU
+    if not whole:
+        cost, mu, nu = cost_VU[rows][:, columns], mu[rows], nu[columns]
+    plan = _Solve.apply(cost, mu, nu, comm, options)
+    sums = PlanSums(mu, nu)
     if len(plan):
         sums.add(slice(None), plan.detach())
     row_error, col_error, support, _ = sums.reduce(comm)
     if not whole:
-        wide = plan.new_zeros(len(plan), len(nu)).index_copy(1, columns.nonzero()[:, 0], plan)
+        wide = plan.new_zeros(len(plan), len(columns)).index_copy(1, columns.nonzero()[:, 0], plan)
         plan = torch.zeros_like(cost_VU).index_copy(0, rows.nonzero()[:, 0], wide)
     return SinkhornResult(plan, row_error, col_error, int(support))
 

@@ -76,7 +76,7 @@ def bandwidths(size: int = GIB // 2) -> dict[str, float]:
         "copy": (lambda: other.copy_(source), 2 * size),
     }
     return {
-        name: moved / statistics.median(repeated(call, budget=0.5, least=5))
+        name: moved / statistics.median(repeated(call, budget=0.2))
         for name, (call, moved) in calls.items()
     }
 

@@ -177,8 +177,8 @@ def markdown(report: dict) -> str:
         "holds P, the returned gradient and everything between; below 1 MiB it is noise. "
         "*Floor*: the bytes of C, read once for each pass that the method needs, at the copy "
         "bandwidth (read and written), and in brackets at the fastest of that and of reading one "
-        "vector or two; all are measured in the same process, after the calls. Errors are the "
-        "largest relative ones of a row and a column sum.",
+        "vector or two; all are measured in turn with the calls, in the same process. Errors are "
+        "the largest relative ones of a row and a column sum.",
     ]
     groups: dict[tuple, list[dict]] = {}
     for case in report["cases"]:
