@@ -9,7 +9,7 @@ from s2t2_dist.comm import LocalComm
 from s2t2_dist.errors import ConfigError, DataError
 from s2t2_dist.ot import sparse_sinkhorn
 from s2t2_dist.ot.dykstra import Dykstra
-from s2t2_dist.ot.sinkhorn import solve
+from s2t2_dist.ot.sinkhorn import METHODS, solve
 from tests import oracles
 from tests.distributed import run_ranks
 from tests.problems import (
@@ -261,6 +261,19 @@ def test_compiled_passes_agree_with_eager_ones():
     assert_near(grads[1], grads[0], GRADIENT)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_marginals_may_be_views_and_may_change_before_backward(method):
+    cost = make_cost("random", 12, 8)
+    mu, nu = torch.ones(12, dtype=torch.float64), torch.full((8,), 1.5, dtype=torch.float64)
+    views = mu[:1].expand(12), nu.repeat_interleave(2)[::2]
+    grads = []
+    for source, target in (views, (mu, nu)):
+        plan = sparse_sinkhorn(cost, source, target, 3, method).plan
+        target.mul_(2)
+        grads.append(torch.autograd.grad(plan, cost, cost.detach().cos())[0])
+    assert torch.equal(*grads)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_sharded_rows_equal_one_rank(size, tmp_path):
     answers = run_ranks(solve_and_refuse, size, tmp_path)
@@ -285,6 +298,7 @@ def test_sharded_rows_equal_one_rank(size, tmp_path):
         ({"cost": torch.zeros(3, 2, dtype=torch.bfloat16)}, DataError, "bfloat16"),
         ({"cost": torch.zeros(2, 3)}, DataError, "shapes"),
         ({"cost": torch.full((3, 2), torch.inf)}, DataError, "NaN or infinite"),
+        ({"cost": torch.tensor([[3e38, -3e38]] * 3)}, DataError, "that overflow"),
         (
             {"mu": torch.tensor([1.0, 2.5, -0.5])},
             DataError,

@@ -14,6 +14,7 @@ from s2t2_dist.compiled import load_compiled
 
 SOURCE = Path(__file__).with_name("native.cpp")
 MOST_PARTS, PART_ROWS = 32, 64  # more parts share the work more evenly, and add up more sums
+FEW_ROWS = 8  # of a part without sums
 REALS = {torch.float32: "float", torch.float64: "double"}  # compiled when first asked for
 
 
@@ -34,12 +35,12 @@ def call(name: str, dtype: torch.dtype, *arguments: torch.Tensor | int | None) -
     getattr(library, f"s2t2_{name}")(*map(_as_c, arguments))
 
 
-def parts(rows: int) -> int:
-    """Into how many parts a pass over so many rows is cut, each with column sums of its own.
+def parts(rows: int, least: int = PART_ROWS) -> int:
+    """Into how many parts of at least so many rows a pass is cut; each makes its own column sums.
 
-    It depends on nothing else, so that results are the same with any number of threads.
+    It depends on nothing else, so that sums are the same with any number of threads.
     """
-    return max(1, min(MOST_PARTS, rows // PART_ROWS))
+    return max(1, min(MOST_PARTS, rows // least))
 
 
 def _as_c(argument: object):

@@ -28,7 +28,7 @@ INLINE T least(T x, T y) {
     return x < y ? x : y;
 }
 
-// max(x - threshold, 0), to the last bit.
+// max(x - threshold, 0), to the last bit, of a finite x.
 template <typename T>
 INLINE T over(T x, T threshold) {
     return x - least(x, threshold);
@@ -38,7 +38,7 @@ INLINE T over(T x, T threshold) {
 // they are done with one, because on a shared machine one thread may be slower than another.
 template <typename Work>
 void in_parallel(int64_t V, int64_t parts, Work work) {
-#pragma omp parallel for schedule(dynamic, 1)
+#pragma omp parallel for schedule(dynamic, 1) if (parts > 1)
     for (int64_t t = 0; t < parts; ++t) work(t, V * t / parts, V * (t + 1) / parts);
 }
 
@@ -63,8 +63,8 @@ struct ColumnSums {
     }
 };
 
-// Sum over j of term(j), in T over blocks and in double over those. In two chains, because an
-// addition waits for the one before it.
+// Sum over j of term(j), which is called once for each j: in T over blocks and in double over those.
+// In two chains, because an addition waits for the one before it.
 template <typename T, typename Term>
 double row_sum(int64_t U, Term term) {
     double total = 0;
@@ -87,11 +87,10 @@ void count_and_excess(const T* z, int64_t U, T threshold, double& count, double&
         const int64_t last = std::min(U, first + ROW_BLOCK), half = (last - first) / 2;
         Count<T> number = 0, numbers = 0;
         T sum = 0, sums = 0;
-        const T* __restrict y = z + half;
 #pragma omp simd reduction(+ : number, numbers, sum, sums)
         for (int64_t j = first; j < first + half; ++j) {
-            number += z[j] > threshold, numbers += y[j] > threshold;
-            sum += over(z[j], threshold), sums += over(y[j], threshold);
+            number += z[j] > threshold, numbers += z[j + half] > threshold;
+            sum += over(z[j], threshold), sums += over(z[j + half], threshold);
         }
         if (first + 2 * half < last) {
             number += z[last - 1] > threshold;

@@ -57,7 +57,7 @@ INLINE void iterate(const T* tau, const T* sigma, int64_t stride, T& z, T& w) {
     }
 }
 
-// Of one entry, W_K.
+// Of one entry, W_K. (The Z_{K+1} of the same step, and sigma_K, are not used: no code is made.)
 template <int K, typename T>
 INLINE T last_w(const T* tau, const T* sigma, int64_t stride, T z) {
     T w = 0;

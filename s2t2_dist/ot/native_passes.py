@@ -48,7 +48,7 @@ class NativePasses:
         out = new_matrix(self.matrix, last - first)
         self._call(
             "plan", self.matrix, V, U, s.shift, s.tau, s.sigma, len(s.tau), first, last - first,
-            out, native.parts(last - first),
+            out, native.parts(last - first, native.FEW_ROWS),
         )  # fmt: skip
         return out
 

@@ -45,20 +45,18 @@ void plan_sums(const T* plan, int64_t V, int64_t U, double* row_sums, double* co
 template <typename T>
 void add_product(const T* plan, const T* values, T* total, int64_t h, int64_t U, int64_t K) {
     const int64_t chunks = (K + CHUNK - 1) / CHUNK;
-    in_parallel(chunks, chunks, [=](int64_t, int64_t from, int64_t to) {
+    in_parallel(chunks, chunks, [=](int64_t chunk, int64_t, int64_t) {
         std::vector<int32_t> columns(U);
-        for (int64_t first = from * CHUNK; first < std::min(to * CHUNK, K); first += CHUNK) {
-            const int64_t width = std::min(CHUNK, K - first);
-            for (int64_t i = 0; i < h; ++i) {
-                const T* __restrict p = plan + i * U;
-                const T* __restrict x = values + i * K + first;
-                const int64_t count = not_zero(p, U, columns.data());
-                for (int64_t q = 0; q < count; ++q) {
-                    const int64_t j = columns[q];
-                    T* __restrict y = total + j * K + first;
-                    const T weight = p[j];
-                    for (int64_t k = 0; k < width; ++k) y[k] += weight * x[k];
-                }
+        const int64_t first = chunk * CHUNK, width = std::min(CHUNK, K - first);
+        for (int64_t i = 0; i < h; ++i) {
+            const T* __restrict p = plan + i * U;
+            const T* __restrict x = values + i * K + first;
+            const int64_t count = not_zero(p, U, columns.data());
+            for (int64_t q = 0; q < count; ++q) {
+                const int64_t j = columns[q];
+                T* __restrict y = total + j * K + first;
+                const T weight = p[j];
+                for (int64_t k = 0; k < width; ++k) y[k] += weight * x[k];
             }
         }
     });

@@ -46,7 +46,8 @@ def product_grad(
         return
     sizes = (*plan_hU.shape, values_hK.shape[1])
     tensors = (plan_hU, values_hK, grad_UK, out_hU)
-    native.call("product_grad", plan_hU.dtype, *tensors, *sizes, native.parts(len(plan_hU)))
+    parts = native.parts(len(plan_hU), native.FEW_ROWS)
+    native.call("product_grad", plan_hU.dtype, *tensors, *sizes, parts)
 
 
 def plan_sums(plan_hU: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -135,12 +135,17 @@ def check_entries(z: torch.Tensor, name: str) -> None:
     if z.dtype not in (torch.float32, torch.float64):
         raise DataError(f"{name} is {z.dtype}; thresholds need float32 or float64")
     if not is_finite(z):
-        raise DataError(f"{name} holds NaN or infinite entries")
+        raise DataError(
+            f"{name} holds NaN or infinite entries, or differences of them that overflow"
+        )
 
 
 def is_finite(z: torch.Tensor) -> bool:
-    """Whether every entry is finite, in one pass and without a temporary of z's size."""
-    return z.numel() == 0 or all(math.isfinite(end) for end in z.detach().aminmax())
+    """Whether every entry is, and every difference of two; one pass, no temporary of z's size."""
+    if z.numel() == 0:
+        return True
+    low, high = z.detach().aminmax()
+    return math.isfinite(high - low)
 
 
 class _Projection(torch.autograd.Function):

@@ -97,8 +97,10 @@ def sparse_sinkhorn(
     """
     comm = comm or LocalComm()
     check_method(method, iterations, tolerance)
-    mu = source_marginal_V.to(cost_VU.device, torch.float64)
-    nu = target_marginal_U.to(cost_VU.device, torch.float64)
+    # Copies: backward needs them as they are now, and the passes want them contiguous.
+    like = {"device": cost_VU.device, "dtype": torch.float64, "copy": True}
+    mu = source_marginal_V.to(**like, memory_format=torch.contiguous_format)
+    nu = target_marginal_U.to(**like, memory_format=torch.contiguous_format)
     check_cost(cost_VU, comm)
     check_marginals(cost_VU.shape, mu, nu, comm)
     options = {"method": method, "iterations": iterations, "tolerance": tolerance}
@@ -199,7 +201,10 @@ def check_cost(cost_VU: torch.Tensor, comm: LocalComm) -> None:
         raise DataError(f"cost is {cost_VU.dtype}; thresholds need float32 or float64")
     bad = torch.tensor([float(not is_finite(cost_VU))], device=cost_VU.device)
     if comm.max_(bad).item():
-        raise DataError("cost holds NaN or infinite entries; is the learning rate too high?")
+        raise DataError(
+            "cost holds NaN or infinite entries, or differences of them that overflow; is the "
+            "learning rate too high?"
+        )
 
 
 def check_marginals(shape: torch.Size, mu: torch.Tensor, nu: torch.Tensor, comm: LocalComm) -> None:

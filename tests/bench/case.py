@@ -81,11 +81,11 @@ def run(case: Case) -> dict[str, object]:
     first = measure.seconds(list(calls.values())[-1])
     found: dict[str, object] = {"first_seconds": first}
     for name, call in calls.items():
-        if first < SLOW:
-            call()  # warm up, where that is cheap
         if case.method in OURS and name == "both":
             times, found["bandwidths"] = in_turn(call)
         else:
+            if first < SLOW:
+                call()  # warm up, where that is cheap
             times = measure.repeated(call)
         found |= {f"{name}_seconds": statistics.median(times), f"{name}_runs": len(times)}
         found[f"{name}_peak_bytes"] = measure.peak_above(call)

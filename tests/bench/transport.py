@@ -177,7 +177,7 @@ def markdown(report: dict) -> str:
         "holds P, the returned gradient and everything between; below 1 MiB it is noise. "
         "*Floor*: the bytes of C, read once for each pass that the method needs, at the copy "
         "bandwidth (read and written), and in brackets at the fastest of that and of reading one "
-        "vector or two; all are measured in turn with the calls, in the same process. Errors are "
+        "vector or two; all are measured in turn with the calls of *both*. Errors are "
         "the largest relative ones of a row and a column sum.",
     ]
     groups: dict[tuple, list[dict]] = {}
