@@ -64,7 +64,7 @@ def _start(checkpoint: Path, copy: Path) -> subprocess.Popen:
     environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
     with (copy / "log").open("w") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", CONVERTER, *options],
+            [sys.executable, "-u", "-m", CONVERTER, *options],  # -u: the error comes last
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -97,19 +97,16 @@ def sparse_sinkhorn(
     """
     comm = comm or LocalComm()
     check_method(method, iterations, tolerance)
-    # Copies: backward needs them as they are now, and the passes want them contiguous.
-    like = {"device": cost_VU.device, "dtype": torch.float64, "copy": True}
-    mu = source_marginal_V.to(**like, memory_format=torch.contiguous_format)
-    nu = target_marginal_U.to(**like, memory_format=torch.contiguous_format)
+    mu = source_marginal_V.to(cost_VU.device, torch.float64)
+    nu = target_marginal_U.to(cost_VU.device, torch.float64)
     check_cost(cost_VU, comm)
     check_marginals(cost_VU.shape, mu, nu, comm)
     options = {"method": method, "iterations": iterations, "tolerance": tolerance}
     options |= {"backend": backend}
     rows, columns = mu > 0, nu > 0
     whole = bool(rows.all() and columns.all())
-    cost = cost_VU
-    if not whole:
-        cost, mu, nu = cost_VU[rows][:, columns], mu[rows], nu[columns]
+    cost = cost_VU if whole else cost_VU[rows][:, columns]
+    mu, nu = mu[rows], nu[columns]  # contiguous copies: backward needs them as they are now
     plan = _Solve.apply(cost, mu, nu, comm, options)
     sums = PlanSums(mu, nu)
     if len(plan):
