@@ -215,7 +215,7 @@ constexpr Count<T> column_bit(int k) {
 }
 
 // The supports of one entry, from z = Z_0 and w = 0: a bit each. As wide as an entry, because a
-// loop that mixes widths spends most of its time on packing.
+// loop that mixes widths packs and unpacks at every step.
 template <int N, typename T>
 INLINE Count<T> supports(const T* tau, const T* sigma, int64_t stride, T& z, T& w) {
     if constexpr (N == 0) {
