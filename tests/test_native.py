@@ -14,7 +14,6 @@ from s2t2_dist.ot.dual import Dual
 from s2t2_dist.ot.dykstra import Dykstra
 from s2t2_dist.ot.native_passes import NativePasses
 from s2t2_dist.ot.passes import TorchPasses
-from s2t2_dist.ot.products import plan_sums
 from tests.problems import make_cost, make_marginals
 
 
@@ -109,7 +108,7 @@ def test_the_number_of_threads_changes_no_bit(solver):
             if solver is Dykstra:  # the gradient of the dual is a linear system, solved in torch
                 solution.backward(grad, grad)
             plan = solution.plan(slice(0, V))
-            sums = plan_sums(plan)
+            sums = products.plan_sums(plan)
             plans.append(torch.cat([t.double().flatten() for t in (plan, grad, *sums)]))
     finally:
         torch.set_num_threads(threads)

@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from s2t2_dist.errors import DataError
 
+NOT_FINITE = "holds NaN or infinite entries, or differences of them that overflow"  # see is_finite
+
 
 def project_simplex(
     z: torch.Tensor, scale: torch.Tensor | float, dim: int = -1
@@ -135,9 +137,7 @@ def check_entries(z: torch.Tensor, name: str) -> None:
     if z.dtype not in (torch.float32, torch.float64):
         raise DataError(f"{name} is {z.dtype}; thresholds need float32 or float64")
     if not is_finite(z):
-        raise DataError(
-            f"{name} holds NaN or infinite entries, or differences of them that overflow"
-        )
+        raise DataError(f"{name} {NOT_FINITE}")
 
 
 def is_finite(z: torch.Tensor) -> bool:

@@ -18,7 +18,7 @@ from s2t2_dist.ot.dual import Dual
 from s2t2_dist.ot.dykstra import Dykstra
 from s2t2_dist.ot.entropic import Entropic
 from s2t2_dist.ot.products import plan_sums
-from s2t2_dist.ot.simplex import is_finite
+from s2t2_dist.ot.simplex import NOT_FINITE, is_finite
 from s2t2_dist.ot.tiles import new_matrix
 
 METHODS = ("dykstra", "dual", "dense")
@@ -198,10 +198,7 @@ def check_cost(cost_VU: torch.Tensor, comm: LocalComm) -> None:
         raise DataError(f"cost is {cost_VU.dtype}; thresholds need float32 or float64")
     bad = torch.tensor([float(not is_finite(cost_VU))], device=cost_VU.device)
     if comm.max_(bad).item():
-        raise DataError(
-            "cost holds NaN or infinite entries, or differences of them that overflow; is the "
-            "learning rate too high?"
-        )
+        raise DataError(f"cost {NOT_FINITE}; is the learning rate too high?")
 
 
 def check_marginals(shape: torch.Size, mu: torch.Tensor, nu: torch.Tensor, comm: LocalComm) -> None:
