@@ -52,7 +52,8 @@ def watched(
     if comm.size == 1:
         yield lambda _: None
         return
-    heart = _Heart(comm, timeout, on_lost)
+    heart = _Heart(comm, _connect(comm), timeout, on_lost)
+    heart.thread.start()
     try:
         yield heart.await_cause
     except Exception as error:
@@ -94,20 +95,35 @@ class _Peer:
         *lines, self.unread = (self.unread + found).split(b"\n")
         return [json.loads(line) for line in lines]
 
+    def close(self, deadline: float) -> None:
+        """Close once the other side has: closed with unread lines, a connection is reset instead,
+        and what this side sent last may not arrive.
+        """
+        with suppress(OSError):
+            while (left := deadline - time.monotonic()) > 0:
+                self.connection.settimeout(left)
+                if not self.connection.recv(65536):
+                    break
+        self.connection.close()
+
 
 class _Heart:
     """The connections of one rank (rank 0: to every other; else: to rank 0) and their thread."""
 
-    def __init__(self, comm: LocalComm, timeout: float, on_lost: Callable[[str], None]):
-        self.comm, self.timeout, self.on_lost = comm, timeout, on_lost
-        self.peers = _connect(comm)
+    def __init__(
+        self,
+        comm: LocalComm,
+        peers: list[_Peer],
+        timeout: float,
+        on_lost: Callable[[str], None],
+    ):
+        self.comm, self.peers, self.timeout, self.on_lost = comm, peers, timeout, on_lost
         self.closing = threading.Event()
         self.failure: str | None = None
         self.awaited: BaseException | None = None
         self.waited: set[int] = set()  # ranks that gave up waiting in a collective
         self.judging = 0.0
         self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
-        self.thread.start()
 
     def await_cause(self, error: BaseException) -> None:
         """Return after a moment in which the loss of another rank would have ended this process."""
@@ -139,9 +155,20 @@ class _Heart:
                         self._hear(key.data, selector)
                 self._find_silent(begun)
                 self._find_missing()
+        self._send_last({"lost": self.failure} if self.failure else {"bye": True})
+        self._await_receipt()
+
+    def _send_last(self, message: dict) -> None:
         for peer in self.peers:
-            peer.send({"lost": self.failure} if self.failure else {"bye": True})
-            peer.connection.close()
+            peer.send(message)
+            with suppress(OSError):
+                peer.connection.shutdown(socket.SHUT_WR)
+
+    def _await_receipt(self) -> None:
+        """Close every connection, each after its peer did; together they have a moment for it."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        for peer in self.peers:
+            peer.close(deadline)
 
     def _hear(self, peer: _Peer, selector: selectors.BaseSelector) -> None:
         messages = peer.receive()
@@ -183,8 +210,7 @@ class _Heart:
         """
         rank, hosts = self.comm.rank, self.comm.hosts
         if rank == 0:
-            for peer in self.peers:
-                peer.send({"lost": line})
+            self._send_last({"lost": line})
         if rank == 0 or (not told and hosts.index(hosts[rank], 1) == rank):
             text = f"error: {line}; start the job again to go on from its last checkpoint\n"
             with suppress(OSError):
@@ -193,6 +219,7 @@ class _Heart:
             threading.Timer(GRACE_SECONDS, os._exit, [EXIT_LOST]).start()  # a disk may hang
             with suppress(Exception):
                 self.on_lost(line)
+            self._await_receipt()
         os._exit(EXIT_LOST)
 
 

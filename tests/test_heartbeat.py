@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from s2t2_dist import heartbeat
+from s2t2_dist.comm import LocalComm
 from s2t2_dist.heartbeat import EXIT_LOST
 from tests import launching as runs
 
@@ -110,6 +111,26 @@ def test_the_recipes_timeout_holds_in_deepspeeds_collectives(source_model, prote
         runs.kill(process)
     assert runs.status(tmp_path / "run")["reason"] == line
     assert f"error: {line}{AGAIN}" in runs.output(recipe)
+
+
+@pytest.mark.parametrize("failure", [None, "rank 0 failed"])
+def test_the_last_message_arrives_though_lines_are_unread(failure):
+    """The peer reads late, and has sent a line that nobody will read."""
+    with socket.socket() as far, socket.create_server(("127.0.0.1", 0)) as listener:
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        far.connect(listener.getsockname())
+        near = listener.accept()[0]
+        filler = near.send(b"\n" * 100_000)  # more than arrives before the peer reads
+        far.sendall(b"{}\n")
+        heart = heartbeat._Heart(LocalComm(), [heartbeat._Peer(0, near)], 20, print)
+        heart.failure = failure
+        heart.closing.set()
+        heart.thread.start()
+        time.sleep(0.5)
+        received = b"".join(iter(lambda: far.recv(65536), b""))
+    heart.thread.join()
+    last = {"lost": failure} if failure else {"bye": True}
+    assert json.loads(received[filler:]) == last
 
 
 def test_a_stranger_on_the_port_is_turned_away():

@@ -40,8 +40,9 @@ def _flip_a_byte(killer: Killer) -> None:
     data[len(data) // 2] ^= 1
     state.write_bytes(data)
     artifacts.write_json(folder / "run/status.json", {"state": "running"})
-    assert launching.train(folder / "recipe.yaml", 2) == 0
-    (line,) = [x for x in launching.output(folder / "recipe.yaml").splitlines() if "altered" in x]
+    recipe = folder / "recipe.yaml"
+    assert launching.train(recipe, 2) == 0, launching.output(recipe)
+    (line,) = [x for x in launching.output(recipe).splitlines() if "altered" in x]
     assert f"resuming from {before.name}, since {state} was altered" in line
     assert launching.losses(folder / "run") == killer.reference
     assert json.loads((newest / "manifest.json").read_text())["step"] == STEPS
