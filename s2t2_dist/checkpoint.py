@@ -25,6 +25,8 @@ from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error, everywhere
 # Of each number that a stage trains: its float32 value and two moments. DeepSpeed's files of a
 # bfloat16 model hold the float32 weights alone.
 CHECKPOINT_BYTES = 12
+# How the name of a copy begins that `universal` cuts for another number of ranks.
+CONVERTED = ".tmp-universal-"
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -209,9 +211,9 @@ def _remove(path: Path) -> None:
 
 
 def _clear_temporary(directory: Path) -> None:
-    """Remove what a killed save left behind."""
+    """Remove what a killed save left behind; a killed job's converter may still write to its."""
     for path in directory.glob(".tmp-*"):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=path.name.startswith(CONVERTED))
 
 
 def _with_clear_error(step: Callable[[], T], target: Path) -> T:

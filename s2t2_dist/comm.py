@@ -158,9 +158,16 @@ def new_group(timeout: float, ranks: Iterable[int] | None = None) -> dist.Proces
     return dist.new_group(ranks, timeout=timedelta(seconds=timeout))
 
 
-def timed_out(error: BaseException) -> bool:
-    """Whether a collective gave up waiting for other ranks (gloo says so in its message only)."""
-    return isinstance(error, RuntimeError) and "timed out waiting" in str(error).lower()
+def cut_short(error: BaseException) -> str | None:
+    """How a collective ended without all ranks; None for any other error.
+
+    gloo says it in its messages only. "timeout": this rank gave up waiting. "closed": another rank
+    closed its connections, as it does when it ends or gives up itself.
+    """
+    text = str(error).lower() if isinstance(error, RuntimeError) else ""
+    if "timed out waiting" in text:
+        return "timeout"
+    return "closed" if "by peer" in text or "pair closure" in text else None
 
 
 def agree(comm: LocalComm, step: Callable[[], T], doing: str) -> T:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
-from s2t2_dist.comm import LocalComm, agree, timed_out
+from s2t2_dist.comm import LocalComm, agree, cut_short
 from s2t2_dist.errors import S2T2Error
 
 EXIT_LOST = 4
@@ -73,7 +73,7 @@ class _Peer:
     def __init__(self, rank: int, connection: socket.socket):
         self.rank, self.connection = rank, connection
         connection.setblocking(False)
-        self.heard = time.monotonic()
+        self.silent = 0.0  # seconds of listening without a sign of life
         self.unread = b""
 
     def send(self, message: dict) -> None:
@@ -91,7 +91,7 @@ class _Peer:
             return None
         if not found:
             return None
-        self.heard = time.monotonic()
+        self.silent = 0.0
         *lines, self.unread = (self.unread + found).split(b"\n")
         return [json.loads(line) for line in lines]
 
@@ -121,7 +121,7 @@ class _Heart:
         self.closing = threading.Event()
         self.failure: str | None = None
         self.awaited: BaseException | None = None
-        self.waited: set[int] = set()  # ranks that gave up waiting in a collective
+        self.waited: dict[int, str] = {}  # ranks that came to a collective cut short, and how
         self.judging = 0.0
         self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -130,8 +130,8 @@ class _Heart:
         if error is self.awaited or (isinstance(error, S2T2Error) and error.everywhere):
             return
         self.awaited = error
-        if timed_out(error):
-            self.waited.add(self.comm.rank)
+        if how := cut_short(error):
+            self.waited[self.comm.rank] = how
             time.sleep(2 * GRACE_SECONDS)  # rank 0 finds out for whom they waited
         time.sleep(GRACE_SECONDS)
 
@@ -149,11 +149,11 @@ class _Heart:
             while not self.closing.is_set():
                 begun = time.monotonic()
                 for peer in self.peers:
-                    peer.send({"waited": self.comm.rank in self.waited})
+                    peer.send({"waited": self.waited.get(self.comm.rank)})
                 while time.monotonic() < begun + BEAT_SECONDS and not self.closing.is_set():
                     for key, _ in selector.select(BEAT_SECONDS / 10):
                         self._hear(key.data, selector)
-                self._find_silent(begun)
+                self._find_silent()
                 self._find_missing()
         self._send_last({"lost": self.failure} if self.failure else {"bye": True})
         self._await_receipt()
@@ -165,10 +165,11 @@ class _Heart:
                 peer.connection.shutdown(socket.SHUT_WR)
 
     def _await_receipt(self) -> None:
-        """Close every connection, each after its peer did; together they have a moment for it."""
+        """Close every connection after its peer did; all peers that are alive have a moment."""
         deadline = time.monotonic() + GRACE_SECONDS
         for peer in self.peers:
-            peer.close(deadline)
+            if peer.silent <= self.timeout:
+                peer.close(deadline)
 
     def _hear(self, peer: _Peer, selector: selectors.BaseSelector) -> None:
         messages = peer.receive()
@@ -177,29 +178,30 @@ class _Heart:
         for message in messages:
             if "lost" in message:
                 self._end(message["lost"], told=self.comm.rank != 0)
-            elif message.get("waited"):
-                self.waited.add(peer.rank)
+            elif how := message.get("waited"):
+                self.waited[peer.rank] = how
             elif "bye" in message:
                 selector.unregister(peer.connection)
                 self.peers.remove(peer)
                 peer.connection.close()
                 return
 
-    def _find_silent(self, begun: float) -> None:
-        """Judge by the time before the last listening: this process may have been frozen itself."""
+    def _find_silent(self) -> None:
+        """Count listened beats, not the clock: this process may have been frozen itself."""
         for peer in self.peers:
-            if begun - peer.heard > self.timeout:
+            peer.silent += BEAT_SECONDS
+            if peer.silent > self.timeout:
                 name = self.comm.name(peer.rank)
                 self._end(f"{name} was lost: no sign of life for {self.timeout:g} s")
 
     def _find_missing(self) -> None:
         """On rank 0: after a collective's timeout, who did not come to it although it lives."""
-        if self.comm.rank != 0 or not self.waited:
+        if self.comm.rank != 0 or "timeout" not in self.waited.values():
             return
         self.judging = self.judging or time.monotonic() + GRACE_SECONDS
         if time.monotonic() < self.judging:
             return
-        missing = sorted(set(range(self.comm.size)) - self.waited)
+        missing = sorted(set(range(self.comm.size)) - self.waited.keys())
         names = ", ".join(map(self.comm.name, missing)) or "every rank"
         self._end(f"{names} did not come to a collective within collective_timeout")
 

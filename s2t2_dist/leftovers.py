@@ -39,10 +39,12 @@ def clear_stale_lock() -> None:
 
 def _is_held(lock: Path) -> bool:
     """Whether a process of this host has the file open."""
-    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):
-            if descriptor.readlink() == lock.resolve():
-                return True
+    for descriptors in Path("/proc").glob("[0-9]*/fd"):
+        with contextlib.suppress(OSError):  # the process has ended meanwhile
+            for descriptor in descriptors.iterdir():
+                with contextlib.suppress(OSError):
+                    if descriptor.readlink() == lock.resolve():
+                        return True
     return False
 
 

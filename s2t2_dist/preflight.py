@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import shutil
+import time
 import urllib.error
 import urllib.request
 from copy import deepcopy
@@ -33,6 +34,8 @@ from s2t2_dist.translate import source_rows
 PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "numpy", "pyarrow")
 MLFLOW_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 SERVER_SECONDS = 5.0
+# So long NFS may believe that a file it was asked for before is still not there.
+SHARED_SECONDS = 60.0
 GIB = 2**30
 
 _log = logging.getLogger(__name__)
@@ -112,12 +115,16 @@ def check_shared(run_dir: Path, comm: LocalComm) -> None:
         PreflightError: on every rank, with a line per host that sees none, or one of its own.
     """
     lock = run_dir / rundir.LOCK
-    seen = comm.gather_objects((run_dir, lock.read_text() if lock.is_file() else None))
-    problems = [
-        [] if text == seen[0][1] else [f"{where} is not what rank 0 sees; put it on a shared disk"]
-        for where, text in seen
-    ]
-    _require_none(comm, problems)
+    wanted = comm.broadcast_object(_text(lock))
+    deadline = time.monotonic() + SHARED_SECONDS
+    while (found := _text(lock)) != wanted and time.monotonic() < deadline:
+        time.sleep(SHARED_SECONDS / 100)
+    line = f"{run_dir} is not what rank 0 sees; put it on a shared disk"
+    _require_none(comm, comm.gather_objects([] if found == wanted else [line]))
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text() if path.is_file() else None
 
 
 @dataclass(frozen=True)

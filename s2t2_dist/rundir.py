@@ -188,3 +188,4 @@ def _take(lock, run_dir: Path) -> None:
     lock.truncate(0)
     lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
     lock.flush()
+    os.fsync(lock.fileno())  # other hosts read it

@@ -16,13 +16,13 @@ class StopRequest:
     rank: nobody would be left to end its job, which would hold the run directory.
 
     Args:
-        launched: this rank is one of a launcher's.
+        launcher: the process that started this rank; None where none did.
         max_hours: time limit of the job, from here.
     """
 
-    def __init__(self, launched: bool, max_hours: float | None):
+    def __init__(self, launcher: int | None, max_hours: float | None):
         self._asked = False
-        self._launcher = os.getppid() if launched else None
+        self._launcher = launcher
         self._began = self._last = time.monotonic()
         self._limit = max_hours * SECONDS_PER_HOUR if max_hours else None
         self._longest_step = 0.0

@@ -6,6 +6,7 @@ weights, moments and a position.
 """
 
 import contextlib
+import os
 import random
 import time
 from collections.abc import Callable
@@ -61,12 +62,13 @@ def run(recipe: Recipe, resume: str = "auto") -> int:
         S2T2Error: a user's mistake, found before anything is written; a full disk; gradients that
             are no longer finite.
     """
+    parent = os.getppid()  # before the start, in which it may die
     device = engine.init_distributed(recipe.collective_timeout)
     world = comm.world_comm()
     record = partial(rundir.record_loss, recipe.output_dir.resolve())
     try:
         with heartbeat.watched(world, recipe.heartbeat_timeout, record) as await_cause:
-            code = _run_job(recipe, resume, world, device, await_cause)
+            code = _run_job(recipe, resume, world, device, await_cause, parent)
     except S2T2Error as error:
         if error.everywhere:  # else the other ranks may still be waiting in a collective
             comm.destroy()
@@ -81,6 +83,7 @@ def _run_job(
     world: comm.LocalComm,
     device: torch.device,
     await_cause: Callable[[BaseException], None],
+    parent: int,
 ) -> int:
     preflight.check_agreement(recipe, world)
     context = agree(world, lambda: _open_inputs(recipe, world, device), "opening the inputs")
@@ -89,7 +92,7 @@ def _run_job(
         state = agree(world, lambda: _claim(context, resume, held), "making the run directory")
         preflight.check_shared(context.run_dir, world)
         if world.broadcast_object(state) != "done":
-            return Trainer(context, resume, await_cause).run()
+            return Trainer(context, resume, await_cause, parent).run()
         if world.rank == 0:
             _finish_shipping(context)
             print(f"{context.run_dir} is done; nothing to do")
@@ -148,13 +151,21 @@ class Trainer:
     Args:
         resume: as for `run`.
         await_cause: from `heartbeat.watched`.
+        parent: the process that started this one.
     """
 
-    def __init__(self, context: Context, resume: str, await_cause: Callable[[BaseException], None]):
+    def __init__(
+        self,
+        context: Context,
+        resume: str,
+        await_cause: Callable[[BaseException], None],
+        parent: int,
+    ):
         self.context = context
         self.recipe, self.run_dir, self.comm = context.recipe, context.run_dir, context.comm
         self.await_cause = await_cause
-        self.stop = StopRequest(self.comm.size > 1, self.recipe.max_hours)
+        launcher = parent if self.comm.size > 1 else None
+        self.stop = StopRequest(launcher, self.recipe.max_hours)
         self.skipped = SkippedSteps(self.recipe.max_bad_steps, self.comm.rank)
         path = None if resume in ("auto", "never") else Path(resume)
         found = checkpoint.find(self.run_dir, self.comm, path)

@@ -6,6 +6,7 @@ DeepSpeed cuts weights and moments for the ranks that save them. Its own convert
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from s2t2_dist.checkpoint import CONVERTED
 from s2t2_dist.comm import LocalComm, agree
 from s2t2_dist.errors import S2T2Error
 
@@ -37,10 +39,11 @@ def converted(checkpoint: Path, comm: LocalComm) -> Iterator[Path]:
     Raises:
         S2T2Error: on every rank, where the conversion failed, with its last line.
     """
-    copy = checkpoint.with_name(f".tmp-universal-{checkpoint.name}-{os.getpid()}")
+    copy = checkpoint.with_name(f"{CONVERTED}{checkpoint.name}-{os.getpid()}")
     copy = comm.broadcast_object(copy)
     first = comm.rank == 0
     started = time.monotonic()
+    process = None
     try:
         process = agree(comm, lambda: _start(checkpoint, copy) if first else None, "converting")
         while _running(process, comm):
@@ -52,6 +55,8 @@ def converted(checkpoint: Path, comm: LocalComm) -> Iterator[Path]:
         yield copy
         comm.barrier()
     finally:
+        if process is not None:
+            _end(process)
         if first:
             shutil.rmtree(copy, ignore_errors=True)
 
@@ -68,7 +73,15 @@ def _start(checkpoint: Path, copy: Path) -> subprocess.Popen:
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Where it still runs: with its workers, which would wait for it for ever."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _running(process: subprocess.Popen | None, comm: LocalComm) -> bool:

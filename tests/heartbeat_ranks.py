@@ -1,4 +1,4 @@
-"""Jobs of three ranks each, side by side, in which one rank does something to the others.
+"""Jobs of four ranks each, side by side, in which one rank does something to the others.
 
 `python -m tests.heartbeat_ranks FOLDER` forks every rank of every job from one process, so that
 torch is imported once. A rank leaves `JOB/RANK.txt` (what it printed); rank 0 leaves `JOB/line`
@@ -13,13 +13,14 @@ import time
 import traceback
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from s2t2_dist import heartbeat
 from s2t2_dist.comm import world_comm
 from s2t2_dist.errors import S2T2Error
 
-RANKS = 3
+RANKS = 4
 TIMEOUT = 2
 
 
@@ -54,7 +55,7 @@ def sleep(_) -> None:
 
 
 def meet(comm) -> None:
-    comm.barrier()
+    comm.sum_(torch.ones(1))
 
 
 def end(_) -> None:
@@ -63,15 +64,15 @@ def end(_) -> None:
 
 # Which rank does what, and what the others do meanwhile.
 JOBS = {
-    "killed": (2, kill, sleep),
-    "frozen": (2, freeze, sleep),
-    "failed": (2, fail, sleep),
-    "stopped": (2, stop, sleep),
-    "hung": (2, hang, meet),
+    "killed": (3, kill, sleep),
+    "frozen": (3, freeze, sleep),
+    "failed": (3, fail, sleep),
+    "stopped": (3, stop, sleep),
+    "hung": (3, hang, meet),
     "rank 0 hung": (0, hang, meet),
     "rank 0 killed": (0, kill, sleep),
     "rank 0 stays": (0, stay, end),
-    "rank 2 stays": (2, stay, end),
+    "rank 3 stays": (3, stay, end),
 }
 
 

@@ -1,5 +1,6 @@
 """Start real training runs from tests, kill them, and read what they leave."""
 
+import contextlib
 import json
 import os
 import signal
@@ -128,8 +129,14 @@ def ranks_of(process: subprocess.Popen | Job) -> list[psutil.Process]:
     parent = psutil.Process(process.pid)
     if isinstance(process, Job):
         return parent.children()
-    children = parent.children(recursive=True)
-    return [c for c in children if any(arg.startswith("--local_rank") for arg in c.cmdline())]
+    return [child for child in parent.children(recursive=True) if _is_rank(child)]
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    try:
+        return any(arg.startswith("--local_rank") for arg in process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def kill(process: subprocess.Popen | Job) -> None:
@@ -139,7 +146,8 @@ def kill(process: subprocess.Popen | Job) -> None:
     except psutil.NoSuchProcess:
         return
     for child in family:
-        child.send_signal(signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.send_signal(signal.SIGKILL)
     process.kill()
     process.wait()
     psutil.wait_procs(family)

@@ -53,18 +53,18 @@ def codes(jobs: Path, job: str) -> list[int | None]:
     ],
 )
 def test_every_rank_ends_and_rank_0_says_why(job, code, line, jobs):
-    assert codes(jobs, job) == [EXIT_LOST, EXIT_LOST, code]
+    assert codes(jobs, job) == [EXIT_LOST, EXIT_LOST, EXIT_LOST, code]
     found = (jobs / job / "line").read_text()
-    assert found == f"rank 2 on {HOST} {line}"
+    assert found == f"rank 3 on {HOST} {line}"
     assert errors(jobs, job, 0) == [f"error: {found}{AGAIN}"]
-    assert not errors(jobs, job, 1)
+    assert not errors(jobs, job, 1) + errors(jobs, job, 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("job", "missing"), [("hung", 2), ("rank 0 hung", 0)])
+@pytest.mark.parametrize(("job", "missing"), [("hung", 3), ("rank 0 hung", 0)])
 def test_who_does_not_come_to_a_collective_is_named(job, missing, jobs):
     """The others give up after the collective's timeout; the one that hangs has a beating heart."""
-    assert codes(jobs, job) == [EXIT_LOST] * 3
+    assert codes(jobs, job) == [EXIT_LOST] * 4
     line = f"rank {missing} on {HOST} did not come to a collective within collective_timeout"
     assert (jobs / job / "line").read_text() == line
     assert errors(jobs, job, 0) == [f"error: {line}{AGAIN}"]
@@ -72,17 +72,17 @@ def test_who_does_not_come_to_a_collective_is_named(job, missing, jobs):
 
 @pytest.mark.slow
 def test_where_rank_0_dies_each_host_says_so_once(jobs):
-    assert codes(jobs, "rank 0 killed") == [-9, EXIT_LOST, EXIT_LOST]
+    assert codes(jobs, "rank 0 killed") == [-9, EXIT_LOST, EXIT_LOST, EXIT_LOST]
     expected = f"error: rank 0 on {HOST} was lost: its process ended{AGAIN}"
     assert errors(jobs, "rank 0 killed", 1) == [expected]
-    assert not errors(jobs, "rank 0 killed", 2)
+    assert not errors(jobs, "rank 0 killed", 2) + errors(jobs, "rank 0 killed", 3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["rank 0 stays", "rank 2 stays"])
+@pytest.mark.parametrize("job", ["rank 0 stays", "rank 3 stays"])
 def test_a_rank_that_ends_before_another_is_not_missed(job, jobs):
-    assert codes(jobs, job) == [0, 0, 0]
-    for rank in range(3):
+    assert codes(jobs, job) == [0, 0, 0, 0]
+    for rank in range(4):
         assert (jobs / job / f"{rank}.txt").read_text() == "ended well\n"
 
 
@@ -115,7 +115,7 @@ def test_the_recipes_timeout_holds_in_deepspeeds_collectives(source_model, prote
 
 @pytest.mark.parametrize("failure", [None, "rank 0 failed"])
 def test_the_last_message_arrives_though_lines_are_unread(failure):
-    """The peer reads late, and has sent a line that nobody will read."""
+    """The peer reads late, and has sent a line that is unread at the end."""
     with socket.socket() as far, socket.create_server(("127.0.0.1", 0)) as listener:
         far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         far.connect(listener.getsockname())
@@ -129,6 +129,7 @@ def test_the_last_message_arrives_though_lines_are_unread(failure):
         time.sleep(0.5)
         received = b"".join(iter(lambda: far.recv(65536), b""))
     heart.thread.join()
+    assert near.fileno() == -1, "left open: closed by the end of the process, it would be reset"
     last = {"lost": failure} if failure else {"bye": True}
     assert json.loads(received[filler:]) == last
 

@@ -3,6 +3,7 @@
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -76,6 +77,7 @@ def test_each_difference_between_nodes_is_one_line(source_model, protein_data, t
 
 def _see(comm, rooms: list[Path]) -> list[str]:
     """Each rank looks for the run directory on a disk of its own."""
+    preflight.SHARED_SECONDS = 1.0
     try:
         preflight.check_shared(rooms[comm.rank], comm)
     except PreflightError as error:
@@ -91,6 +93,22 @@ def test_a_rank_with_another_run_directory_is_named(tmp_path):
         (room / ".lock").write_text(text)
     named = f"rank 2 on {HOST}: {rooms[2]} is not what rank 0 sees; put it on a shared disk"
     assert run_ranks(_see, 3, tmp_path, rooms) == [[named]] * 3
+
+
+def _see_late(comm, rooms: list[Path]) -> list[str]:
+    """Rank 1 is shown the lock of rank 0 a while after it was written."""
+    if comm.rank == 1:
+        threading.Timer(0.3, (rooms[1] / ".lock").write_text, ["ours"]).start()
+    return _see(comm, rooms)
+
+
+@pytest.mark.slow
+def test_a_run_directory_that_shows_late_is_waited_for(tmp_path):
+    rooms = [tmp_path / name for name in ("here", "there")]
+    for room in rooms:
+        room.mkdir()
+    (rooms[0] / ".lock").write_text("ours")
+    assert run_ranks(_see_late, 2, tmp_path, rooms) == [[], []]
 
 
 def test_ranks_of_a_host_share_a_line():

@@ -23,7 +23,7 @@ def handlers_as_before():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_asks_to_stop(number):
-    stop = StopRequest(launched=False, max_hours=None)
+    stop = StopRequest(launcher=None, max_hours=None)
     assert not stop.asked()
     os.kill(os.getpid(), number)
     assert stop.asked()
@@ -39,7 +39,7 @@ def test_a_job_stops_while_a_step_and_a_save_still_fit(monkeypatch):
 
     def stops_at(save: float | None) -> float:
         clock[0] = 0.0
-        stop = StopRequest(launched=False, max_hours=100 / stopping.SECONDS_PER_HOUR)
+        stop = StopRequest(launcher=None, max_hours=100 / stopping.SECONDS_PER_HOUR)
         if save is not None:
             stop.saved(save)
         while True:
@@ -53,8 +53,8 @@ def test_a_job_stops_while_a_step_and_a_save_still_fit(monkeypatch):
 
 ORPHAN = """
 import subprocess, sys
-child = "import time; from s2t2_dist.stopping import StopRequest\\n" \
-    "stop = StopRequest(True, None); print(stop.asked(), flush=True)\\n" \
+child = "import os, time; from s2t2_dist.stopping import StopRequest\\n" \
+    "stop = StopRequest(os.getppid(), None); print(stop.asked(), flush=True)\\n" \
     "while not stop.asked(): time.sleep(0.01)\\n" \
     "print('stops', flush=True)"
 process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, text=True)

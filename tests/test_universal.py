@@ -1,5 +1,6 @@
 """A checkpoint that cannot be cut anew; those that can: `test_train.py`, `LEGS`."""
 
+import psutil
 import pytest
 
 from s2t2_dist import universal
@@ -17,3 +18,21 @@ def test_a_conversion_that_fails_is_one_line_and_leaves_nothing(tmp_path):
     ):
         pytest.fail("there is nothing to load")
     assert [path.name for path in tmp_path.iterdir()] == ["finetune-000001"]
+
+
+def test_an_interrupted_wait_ends_the_conversion(tmp_path, monkeypatch):
+    """As when a collective fails meanwhile, or the user interrupts."""
+    (tmp_path / "finetune-000001" / universal.ENGINE_DIR).mkdir(parents=True)
+
+    def interrupt(*_) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(universal, "_running", interrupt)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        universal.converted(tmp_path / "finetune-000001", LocalComm()),
+    ):
+        pytest.fail("there is nothing to load")
+    assert [path.name for path in tmp_path.iterdir()] == ["finetune-000001"]
+    running = [child.cmdline() for child in psutil.Process().children(recursive=True)]
+    assert not [words for words in running if universal.CONVERTER in words]

@@ -150,8 +150,10 @@ class Killer:
         # Of a launcher's death the ranks learn in their first step: no earlier moment for it.
         if kind != "launcher" and not inside and self.rng.random() < STARTUP_SHARE:
             time.sleep(self.rng.uniform(0.5, 5))
+            if process.poll() is not None:
+                return False
             self._aim(process, kind)
-            return process.poll() is None
+            return True
         before = _last_write(run_dir)
         steps = self.rng.randint(1, 6)
         seen = None
