@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -75,9 +76,11 @@ def command(recipe: Path, ranks: int, *overrides: str) -> list[str]:
 
 
 def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
+    """Below those that the kernel gives to any listener, so that none takes it before its user."""
+    while True:
+        port = random.SystemRandom().randint(10_000, 19_999)  # hypothesis seeds `random` alike
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return str(port)
 
 
 def environment() -> dict[str, str]:
@@ -156,10 +159,13 @@ def kill(process: subprocess.Popen | Job) -> None:
 def wait_for_line(
     run_dir: Path, stage: str, step: int, process: subprocess.Popen | Job, timeout: float = 240
 ) -> None:
-    """Return as soon as `metrics.jsonl` holds this step."""
+    """Return as soon as this process has written this step, or one after it."""
+    old = len(metrics(run_dir))  # of the job before; a resume cuts the file, then adds to it
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        if any(line["stage"] == stage and line["step"] >= step for line in metrics(run_dir)):
+        lines = metrics(run_dir)
+        old = min(old, len(lines))
+        if any(line["stage"] == stage and line["step"] >= step for line in lines[old:]):
             return
         assert process.poll() is None, f"the run ended before {stage} {step}"
         time.sleep(0.005)

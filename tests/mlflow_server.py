@@ -3,7 +3,6 @@
 import http.client
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -12,15 +11,15 @@ import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from tests.launching import free_port
+
 
 class MLflowServer:
     """`mlflow server` over a SQLite file in `folder`; a context manager."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port = s.getsockname()[1]
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen | None = None
 
@@ -34,7 +33,7 @@ class MLflowServer:
     def start(self) -> None:
         """Start it and wait until it answers."""
         store = f"sqlite:///{self.folder}/mlflow.db"
-        options = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        options = ["--host", "127.0.0.1", "--port", self.port, "--workers", "1"]
         options += ["--backend-store-uri", store, "--artifacts-destination", str(self.folder)]
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.launching import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 SETTINGS = """
 ClusterName=box
@@ -79,7 +81,7 @@ class Slurm:
 def slurm(room: Path) -> Iterator[Slurm]:
     """Start a Slurm in an empty folder; afterwards no process of it is left."""
     host = socket.gethostname().split(".")[0]
-    ports = {"controller_port": _free_port(), "node_port": _free_port()}
+    ports = {"controller_port": free_port(), "node_port": free_port()}
     settings = SETTINGS.format(room=room, host=host, cpus=os.cpu_count(), **ports)
     (room / "slurm.conf").write_text(settings)
     (room / "state").mkdir()
@@ -133,9 +135,3 @@ def _kill_jobs(room: Path) -> None:
             continue
         if ours:
             process.kill()
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]

@@ -10,6 +10,7 @@ from s2t2_dist import comm
 from s2t2_dist.comm import LocalComm, agree
 from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error
 from tests.distributed import run_ranks
+from tests.launching import free_port
 
 
 def fail(error: Exception):
@@ -60,9 +61,7 @@ def test_a_bug_stays_a_bug():
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_that_do_not_come_are_one_clear_line(rank, monkeypatch):
     """Neither rank 0 nor another one waits for ever for a node whose launch failed."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
+    port = free_port()
     monkeypatch.setattr(comm, "START_TIMEOUT", 1)
     job = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for key, value in job.items():

@@ -1,5 +1,6 @@
 """`data build` as jobs: the same bytes from any number of workers and ranks, and after any kill."""
 
+import contextlib
 import os
 import random
 import signal
@@ -174,7 +175,11 @@ def test_killed_at_30_random_moments(tmp_path, fasta, tokenizer, whole):
         builds += 1
         target = tmp_path / str(builds) / "d"
         command = build_command(fasta, tokenizer, target, "--workers", 1 + builds % 2)
-        kills += sum(is_killed(command, rng.uniform(0.1, longest)) for _ in range(5))
+        for _ in range(5):
+            if not is_killed(command, rng.uniform(0.1, longest)):
+                longest *= 0.9  # it was measured on a busier machine
+                break
+            kills += 1
         assert_finishes(command, target, whole)
 
 
@@ -217,9 +222,10 @@ def test_a_worker_that_dies_is_named_and_the_build_goes_on(tmp_path, fasta, toke
     while process.poll() is None and not killed:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         for child in children:
-            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                os.kill(int(child), signal.SIGKILL)
-                killed = True
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    os.kill(int(child), signal.SIGKILL)
+                    killed = True
         time.sleep(0.01)
     assert process.wait(30) == 2
     assert "a worker process was killed" in process.stderr.read()

@@ -45,9 +45,7 @@ def test_each_difference_between_nodes_is_one_line(source_model, protein_data, t
     """Two nodes, each with a disk of its own: another package, another override, other data."""
     recipe = launching.write_recipe(tmp_path, source_model, protein_data, data={"path": "data"})
     package = tmp_path / "1" / "safetensors-9.9.9.dist-info"
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
+    port = launching.free_port()
     nodes = []
     for rank in (0, 1):
         room = tmp_path / str(rank)
@@ -75,9 +73,9 @@ def test_each_difference_between_nodes_is_one_line(source_model, protein_data, t
     assert not (tmp_path / "run").exists()
 
 
-def _see(comm, rooms: list[Path]) -> list[str]:
+def _see(comm, rooms: list[Path], seconds: float = 1.0) -> list[str]:
     """Each rank looks for the run directory on a disk of its own."""
-    preflight.SHARED_SECONDS = 1.0
+    preflight.SHARED_SECONDS = seconds
     try:
         preflight.check_shared(rooms[comm.rank], comm)
     except PreflightError as error:
@@ -99,7 +97,7 @@ def _see_late(comm, rooms: list[Path]) -> list[str]:
     """Rank 1 is shown the lock of rank 0 a while after it was written."""
     if comm.rank == 1:
         threading.Timer(0.3, (rooms[1] / ".lock").write_text, ["ours"]).start()
-    return _see(comm, rooms)
+    return _see(comm, rooms, 30.0)
 
 
 @pytest.mark.slow
@@ -190,6 +188,6 @@ def test_a_dead_or_hung_server_is_a_warning_within_the_time_limit(monkeypatch, c
         uri = f"http://127.0.0.1:{hung.getsockname()[1]}"
         begin = time.monotonic()
         assert preflight._tracking_problems(uri) == []
-        assert time.monotonic() - begin < 2
+        assert time.monotonic() - begin < 4.5  # the product's limit is 5
     assert preflight._tracking_problems(uri) == []  # now nobody listens
     assert [f"MLflow at {uri} does not answer" in r.message for r in caplog.records] == [True] * 2

@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 from mlflow import MlflowClient
 
-from s2t2_dist import artifacts
+from s2t2_dist import artifacts, leftovers
 from s2t2_dist.checkpoint import list_checkpoints
 from s2t2_dist.errors import ArtifactError
 from tests import launching
@@ -227,7 +227,8 @@ class Killer:
         """Files in the home and temporary folders and in shared memory, and locks."""
         found = {str(p) for name in ("home", "tmp") for p in (self.work / name).rglob("*")}
         found |= {str(p) for p in Path("/dev/shm").iterdir() if _is_ours(p.name, self.ports)}
-        return found | {str(path) for path in EXTENSIONS.rglob("lock")}
+        locks = {str(p) for p in EXTENSIONS.rglob("lock") if not leftovers._is_held(p)}
+        return found | locks
 
 
 def check_mlflow(run_dir: Path, uri: str) -> None:
