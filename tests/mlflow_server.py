@@ -19,7 +19,7 @@ class MLflowServer:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.port = free_port()
+        self.port = int(free_port())
         self.uri = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen | None = None
 
@@ -33,7 +33,7 @@ class MLflowServer:
     def start(self) -> None:
         """Start it and wait until it answers."""
         store = f"sqlite:///{self.folder}/mlflow.db"
-        options = ["--host", "127.0.0.1", "--port", self.port, "--workers", "1"]
+        options = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
         options += ["--backend-store-uri", store, "--artifacts-destination", str(self.folder)]
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(

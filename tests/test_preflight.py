@@ -188,6 +188,6 @@ def test_a_dead_or_hung_server_is_a_warning_within_the_time_limit(monkeypatch, c
         uri = f"http://127.0.0.1:{hung.getsockname()[1]}"
         begin = time.monotonic()
         assert preflight._tracking_problems(uri) == []
-        assert time.monotonic() - begin < 4.5  # the product's limit is 5
+        assert time.monotonic() - begin < 2
     assert preflight._tracking_problems(uri) == []  # now nobody listens
     assert [f"MLflow at {uri} does not answer" in r.message for r in caplog.records] == [True] * 2

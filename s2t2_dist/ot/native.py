@@ -36,9 +36,10 @@ def call(name: str, dtype: torch.dtype, *arguments: torch.Tensor | int | None) -
 
 
 def parts(rows: int, least: int = PART_ROWS) -> int:
-    """Into how many parts of at least so many rows a pass is cut; each makes its own column sums.
+    """Into how many parts of at least so many rows a pass is cut.
 
-    It depends on nothing else, so that sums are the same with any number of threads.
+    It depends on nothing else: each part has its own column sums, where a pass makes any, so that
+    they are the same with any number of threads.
     """
     return max(1, min(MOST_PARTS, rows // least))
 
