@@ -2,6 +2,9 @@
 # The main job on the protein sample with the model `tiny`, on two processes: a tokenizer, shards,
 # translation and finetuning, three other ways to finetune, the export and the comparison.
 # Run again, it goes on where it was stopped and repeats nothing that is finished.
+#
+#   bash launch/quickstart.sh           every step of the recipes; results in runs/
+#   bash launch/quickstart.sh --short   10 steps per stage, to see that all of it works; in runs/short/
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -9,6 +12,8 @@ PROTEINS=launch/assets/proteins.fasta.gz
 MODEL=launch/assets/tiny
 DATA=runs/data
 CONTEXT=128
+RUNS=runs
+SHORT=() # overrides of every stage where the runs are short
 
 # step LABEL COMMAND...: run it and say how long it took.
 step() {
@@ -19,22 +24,28 @@ step() {
   printf '== %s: %d s\n' "$label" $((SECONDS - begin))
 }
 
-# train NAME: a recipe on two processes. The launcher's exit code alone is not reliable, so the
-# status file that the run leaves has to agree.
+# train NAME RECIPE [KEY=VALUE...]: a recipe on two processes, in the run directory NAME. The
+# launcher's exit code alone is not reliable, so the status file that the run leaves has to agree.
 train() {
-  local recipe=launch/recipes/$1.yaml port
-  if is_done "$1"; then
-    echo "runs/$1 is done"
+  local name=$1 recipe=launch/recipes/$2.yaml port stage
+  shift 2
+  if is_done "$name"; then
+    echo "$RUNS/$name is done"
     return
   fi
+  local overrides=("output_dir=$RUNS/$name" "$@")
+  for stage in $(sed -n 's/^ *- kind: *\([a-z]*\).*/\1/p' "$recipe"); do
+    overrides+=("${SHORT[@]/#/stages.$stage.}")
+  done
   port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-  deepspeed --num_gpus 2 --master_port "$port" --log_level error --module s2t2_dist.train "$recipe"
-  is_done "$1" ||
-    fail "runs/$1 did not finish; see runs/$1/status.json, and run this script again to go on"
+  deepspeed --num_gpus 2 --master_port "$port" --log_level error \
+    --module s2t2_dist.train "$recipe" "${overrides[@]}"
+  is_done "$name" ||
+    fail "$RUNS/$name did not finish; see $RUNS/$name/status.json, and run this script again to go on"
 }
 
 is_done() {
-  grep -qs '"state": "done"' "runs/$1/status.json"
+  grep -qs '"state": "done"' "$RUNS/$1/status.json"
 }
 
 main() {
@@ -47,24 +58,32 @@ main() {
   step "shards in the source's single characters" \
     s2t2 data build "$PROTEINS" --tokenizer "$MODEL" --characters --context "$CONTEXT" \
     --validation-fraction 0.05 --out "$DATA/proteins-characters"
-  step "translate, then finetune (S2T2)" train quickstart
-  step "finetune with the new tokenizer, truncated embeddings" train quickstart-truncated
-  step "the same, with as many steps as S2T2 has in all" train quickstart-truncated-long
-  step "finetune with the source tokenizer" train quickstart-source
-  if [[ ! -f runs/quickstart-hf/config.json ]]; then
-    step "export" s2t2 export runs/quickstart --out runs/quickstart-hf
+  step "translate, then finetune (S2T2)" train quickstart quickstart
+  step "finetune with the new tokenizer, truncated embeddings" \
+    train quickstart-truncated quickstart-truncated
+  step "the same, with as many steps as S2T2 has in all" \
+    train quickstart-truncated-long quickstart-truncated \
+    stages.finetune.max_steps=135 stages.finetune.eval_steps=135 stages.finetune.save_steps=45
+  step "finetune with the source tokenizer" train quickstart-source quickstart-source
+  if [[ ! -f $RUNS/quickstart-hf/config.json ]]; then
+    step "export" s2t2 export "$RUNS/quickstart" --out "$RUNS/quickstart-hf"
   fi
-  step "comparison" s2t2 compare runs/quickstart runs/quickstart-truncated \
-    runs/quickstart-truncated-long runs/quickstart-source --out runs/quickstart-report
+  step "comparison" s2t2 compare "$RUNS/quickstart" "$RUNS/quickstart-truncated" \
+    "$RUNS/quickstart-truncated-long" "$RUNS/quickstart-source" --out "$RUNS/quickstart-report"
   cat <<END
 
 Finished in $((SECONDS - begin)) s.
   curves   .venv/bin/mlflow ui --backend-store-uri ${MLFLOW_TRACKING_URI:-sqlite:///$ROOT/mlflow.db}
-  model    runs/quickstart-hf (AutoModelForCausalLM, AutoTokenizer)
-  figure   $(find runs/quickstart-report -name '*.png' | sort | head -n 1)
+  model    $RUNS/quickstart-hf (AutoModelForCausalLM, AutoTokenizer)
+  figure   $RUNS/quickstart-report/figure.png
 END
 }
 
+case ${1-} in
+"") ;;
+--short) RUNS=runs/short SHORT=(max_steps=10 eval_steps=10 save_steps=4) ;;
+*) fail "unknown argument $1; give none, or --short" ;;
+esac
 ensure_installed run
 cd "$ROOT"
 main
