@@ -32,8 +32,8 @@ from data_prep.steps import BuildOptions, Steps, is_validation
 from data_prep.tokenizer import LoadedTokenizer, load_tokenizer
 from data_prep.workers import Workers
 from s2t2_dist import artifacts
+from s2t2_dist.data.shards import KIND, SPLITS
 from s2t2_dist.errors import DataError, S2T2Error
-from s2t2_dist.shards import KIND, SPLITS
 
 __all__ = ["BuildOptions", "Jobs", "build_shards", "is_validation"]
 

@@ -194,7 +194,7 @@ def data_ids(
     """
     from data_prep.build import is_validation
     from data_prep.readers import read_documents
-    from s2t2_dist.shards import SPLITS
+    from s2t2_dist.data.shards import SPLITS
 
     if split not in SPLITS:
         raise typer.BadParameter(f"{split!r} is none of {', '.join(SPLITS)}")
@@ -228,7 +228,7 @@ def data_verify(
 
     Example: `s2t2 data verify data/protein`
     """
-    from s2t2_dist.shards import SPLITS, ShardReader
+    from s2t2_dist.data.shards import SPLITS, ShardReader
 
     for split in SPLITS:
         reader = ShardReader(directory, split, verify="full" if split == SPLITS[0] else "size")

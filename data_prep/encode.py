@@ -17,8 +17,8 @@ import numpy as np
 from data_prep.bpe import plain_bpe
 from data_prep.readers import Document
 from data_prep.tokenizer import LoadedTokenizer
+from s2t2_dist.data.shards import token_dtype
 from s2t2_dist.errors import DataError
-from s2t2_dist.shards import token_dtype
 
 # Characters per call of the tokenizer: its result takes 100 bytes for each, and fits a cache so.
 BATCH_CHARACTERS = 100_000

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.parts import read_lengths, read_range, tokens_before
-from s2t2_dist.shards import ROWS_PER_BATCH, ROWS_PER_SHARD
+from s2t2_dist.data.shards import ROWS_PER_BATCH, ROWS_PER_SHARD
 
 KEY_BITS = 64
 # Tokens of a window, about: 32 or 64 MB.

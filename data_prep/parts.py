@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from s2t2_dist import artifacts
-from s2t2_dist.shards import SPLITS
+from s2t2_dist.data.shards import SPLITS
 
 COUNTS_KEY = b"counts"
 

@@ -26,8 +26,8 @@ from data_prep.readers import (
 from data_prep.sources import Chunk
 from data_prep.tokenizer import LoadedTokenizer, load_tokenizer
 from s2t2_dist import artifacts
+from s2t2_dist.data.shards import SPLITS, TOKEN_BYTES, TOKENIZER_DIR, shard_schema
 from s2t2_dist.errors import DataError
-from s2t2_dist.shards import SPLITS, TOKEN_BYTES, TOKENIZER_DIR, shard_schema
 
 # Files of a tokenizer; its folder may be a whole model, whose weights stay where they are.
 TOKENIZER_FILES = (

@@ -20,8 +20,8 @@ from data_prep.readers import (
 from data_prep.sources import detect_format, reading_progress
 from data_prep.trainers import Algorithm, Kind, special_tokens, train
 from s2t2_dist import artifacts
+from s2t2_dist.data.shards import TOKENIZER_JSON, tokenizer_sha256
 from s2t2_dist.errors import DataError
-from s2t2_dist.shards import TOKENIZER_JSON, tokenizer_sha256
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Training keeps about 90 bytes per character, so this is about 2 GB.

@@ -6,7 +6,7 @@ __all__ = ["load_translation"]
 def __getattr__(name: str) -> object:
     """Import `load_translation` on first use: data preparation must not pay for torch."""
     if name == "load_translation":
-        from s2t2_dist.translation import load_translation
+        from s2t2_dist.lm.translation import load_translation
 
         return load_translation
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

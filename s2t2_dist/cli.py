@@ -54,10 +54,10 @@ def train(
     Exit codes: 0 done, 2 a mistake in the recipe or data, 3 stopped by a signal with a checkpoint
     written, 4 ended because another rank was lost.
     """
-    from s2t2_dist import trainer
     from s2t2_dist.config import load_recipe
+    from s2t2_dist.training import loop
 
-    raise typer.Exit(trainer.run(load_recipe(recipe, overrides), resume))
+    raise typer.Exit(loop.run(load_recipe(recipe, overrides), resume))
 
 
 @app.command("track")
@@ -73,7 +73,7 @@ def track(
 
     Example: `s2t2 track runs/quickstart`
     """
-    from s2t2_dist.replay import replay
+    from s2t2_dist.report.track import replay
 
     print(replay(run_dir, seconds))
 
@@ -105,7 +105,7 @@ def plan(
     from rich import print as show_rich
 
     from s2t2_dist.config import load_recipe
-    from s2t2_dist.plan_report import GIB, Hardware, make_plan, show
+    from s2t2_dist.sizing.report import GIB, Hardware, make_plan, show
 
     hardware = Hardware(gpus, gpus_per_node)
     made = make_plan(
@@ -135,7 +135,7 @@ def evaluate(
 
     Example: `s2t2 evaluate exports/protein data/protein`
     """
-    from s2t2_dist.score import report, score
+    from s2t2_dist.report.evaluate import report, score
 
     print(report(score(model_dir, data_dir, split, batch_size, dtype and dtype.value)))
 
@@ -150,7 +150,7 @@ def export(
 
     Example: `s2t2 export runs/quickstart --out exports/protein`
     """
-    from s2t2_dist.release import release
+    from s2t2_dist.report.export import release
 
     release(run_dir, out, max_shard_size)
     print(f"{out} written and verified")
@@ -164,7 +164,7 @@ def verify(model_dir: Annotated[Path, typer.Argument(help="Hugging Face folder."
     """
     from rich import print as show
 
-    from s2t2_dist.verify import require_passed, table, verify_model
+    from s2t2_dist.report.verify import require_passed, table, verify_model
 
     checks = verify_model(model_dir)
     show(table(model_dir, checks))
@@ -188,7 +188,7 @@ def translation_show(
     """
     from rich import print as show
 
-    from s2t2_dist.translation_report import report
+    from s2t2_dist.report.translation import report
 
     show(report(path, top, source_tokenizer, target_tokenizer))
 
@@ -206,8 +206,8 @@ def compare(
     """
     from rich import print as show
 
-    from s2t2_dist.compare import FIGURE, TABLE_MD
-    from s2t2_dist.compare import compare as compare_runs
+    from s2t2_dist.report.compare import FIGURE, TABLE_MD
+    from s2t2_dist.report.compare import compare as compare_runs
 
     show(compare_runs(run_dirs, out))
     print(f"{out / TABLE_MD} and {out / FIGURE} written")

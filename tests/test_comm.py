@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 from s2t2_dist import comm
 from s2t2_dist.comm import LocalComm, agree
 from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error
-from tests.distributed import run_ranks
-from tests.launching import free_port
+from tests.jobs.distributed import run_ranks
+from tests.jobs.launching import free_port
 
 
 def fail(error: Exception):

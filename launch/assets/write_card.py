@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from s2t2_dist.artifacts import read_json
 from s2t2_dist.config import load_recipe
-from s2t2_dist.data import ShardReader
+from s2t2_dist.data.shards import ShardReader
 
 CARD = """---
 license: apache-2.0

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from s2t2_dist.comm import LocalComm
-from s2t2_dist.ot import native
+from s2t2_dist.ot.native import library
 from s2t2_dist.ot.simplex import NewtonSearch, below, newton_step
 from s2t2_dist.ot.tiles import FUSED, Passes, tiles
 
@@ -69,7 +69,7 @@ class Dual:
         backend: str = "auto",
     ):
         self._cost_VU, self._mu_V1, self._nu_U = cost_VU.detach(), mu_V[:, None], nu_U
-        self._native = backend in ("auto", "native") and native.can_call(self._cost_VU)
+        self._native = backend in ("auto", "native") and library.can_call(self._cost_VU)
         self._comm, self._run = comm, Passes(cost_VU, FUSED.get(backend))
         self._top_V1 = cost_VU.new_empty(len(mu_V), 1)
         for rows in tiles(cost_VU):
@@ -165,13 +165,13 @@ class Dual:
         return row_V1, top_U, sums, error
 
     def _native_rows(self):
-        (V, U), parts = self._cost_VU.shape, native.parts(len(self._cost_VU))
+        (V, U), parts = self._cost_VU.shape, library.parts(len(self._cost_VU))
         row_V1 = self._row_V1.clone()
         errors = row_V1.new_zeros(parts)
         tops = row_V1.new_full((parts, U), -math.inf)
         sums = torch.zeros(parts, 2, U, dtype=torch.float64)
         arguments = (self._top_V1, row_V1, self._col_U, self._mu_V1, errors, tops, sums, parts)
-        native.call("dual_rows", row_V1.dtype, self._cost_VU, V, U, *arguments)
+        library.call("dual_rows", row_V1.dtype, self._cost_VU, V, U, *arguments)
         return row_V1, tops.amax(0), sums.sum(0), errors.amax(0, keepdim=True)
 
     def _search_columns(self, top_U, sums):
@@ -198,11 +198,11 @@ class Dual:
         return sums
 
     def _native_columns(self, threshold_U, moving, few):
-        (V, U), parts = self._cost_VU.shape, native.parts(len(self._cost_VU))
+        (V, U), parts = self._cost_VU.shape, library.parts(len(self._cost_VU))
         col, columns = (threshold_U[moving], moving.int()) if few else (threshold_U, None)
         sums = torch.zeros(parts, 2, len(col), dtype=torch.float64)
         arguments = (self._top_V1, self._row_V1, col, columns, sums, parts)
-        native.call("dual_columns", col.dtype, self._cost_VU, V, len(col), U, *arguments)
+        library.call("dual_columns", col.dtype, self._cost_VU, V, len(col), U, *arguments)
         return sums.sum(0) if few else sums.sum(0)[:, moving]
 
     def _centre_rows(self, grad_VU):

@@ -19,8 +19,8 @@ import torch
 
 from s2t2_dist.comm import LocalComm
 from s2t2_dist.errors import ConfigError
-from s2t2_dist.ot import native
-from s2t2_dist.ot.native_passes import MOST_ITERATIONS, NativePasses
+from s2t2_dist.ot.native import library
+from s2t2_dist.ot.native.passes import MOST_ITERATIONS, NativePasses
 from s2t2_dist.ot.passes import State, TorchPasses
 from s2t2_dist.ot.simplex import NewtonSearch
 from s2t2_dist.ot.tiles import FUSED
@@ -131,6 +131,6 @@ def make_passes(state: State, backend: str) -> TorchPasses | NativePasses:
             f"the backend native takes a CPU and at most {MOST_ITERATIONS} iterations, found "
             f"{state.cost.device} and {len(state.tau)}; take auto"
         )
-    if backend == "native" or (backend == "auto" and fits and native.can_call(state.cost.new())):
+    if backend == "native" or (backend == "auto" and fits and library.can_call(state.cost.new())):
         return NativePasses(state)
     return TorchPasses(state, fused=FUSED.get(backend))

@@ -9,14 +9,14 @@ import warnings
 
 import torch
 
-from s2t2_dist.ot import native
+from s2t2_dist.ot.native import library
 
 SPARSE_BELOW = 0.15  # share of the entries of a tile; above it the dense product is faster
 
 
 def is_sparse(plan_hU: torch.Tensor, support: float, *others: torch.Tensor) -> bool:
     """Whether products with a tile of so many entries that are not zero are to be sparse."""
-    return support < SPARSE_BELOW * plan_hU.numel() and native.can_call(plan_hU, *others)
+    return support < SPARSE_BELOW * plan_hU.numel() and library.can_call(plan_hU, *others)
 
 
 def add_product(
@@ -28,7 +28,7 @@ def add_product(
         return
     sizes = (*plan_hU.shape, values_hK.shape[1])
     tensors = (plan_hU, values_hK, total_UK)
-    native.call("add_product", plan_hU.dtype, *tensors, *sizes)
+    library.call("add_product", plan_hU.dtype, *tensors, *sizes)
 
 
 def product_grad(
@@ -46,8 +46,8 @@ def product_grad(
         return
     sizes = (*plan_hU.shape, values_hK.shape[1])
     tensors = (plan_hU, values_hK, grad_UK, out_hU)
-    parts = native.parts(len(plan_hU), native.FEW_ROWS)
-    native.call("product_grad", plan_hU.dtype, *tensors, *sizes, parts)
+    parts = library.parts(len(plan_hU), library.FEW_ROWS)
+    library.call("product_grad", plan_hU.dtype, *tensors, *sizes, parts)
 
 
 def plan_sums(plan_hU: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -55,15 +55,15 @@ def plan_sums(plan_hU: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
 
     Native code makes the sums in the plan's dtype over blocks, and in float64 over those.
     """
-    if not native.can_call(plan_hU):
+    if not library.can_call(plan_hU):
         support = torch.count_nonzero(plan_hU).double()[None]
         return plan_hU.sum(1, dtype=torch.float64), plan_hU.sum(0, dtype=torch.float64), support
-    (h, U), parts = plan_hU.shape, native.parts(len(plan_hU))
+    (h, U), parts = plan_hU.shape, library.parts(len(plan_hU))
     row_sums = torch.empty(h, dtype=torch.float64)
     col_sums = torch.zeros(parts, U, dtype=torch.float64)
     support = torch.zeros(parts, dtype=torch.float64)
     tensors = (row_sums, col_sums, support)
-    native.call("plan_sums", plan_hU.dtype, plan_hU, h, U, *tensors, parts)
+    library.call("plan_sums", plan_hU.dtype, plan_hU, h, U, *tensors, parts)
     return row_sums, col_sums.sum(0), support.sum(0, keepdim=True)
 
 

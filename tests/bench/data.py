@@ -91,7 +91,7 @@ def large(source: Path, tokenizer: Path, work: Path, cores: int) -> dict:
     """A build of the input TIMES over, step by step, and what the projection needs of it."""
     from data_prep.sources import read_chunks
     from s2t2_dist.artifacts import sha256_file
-    from s2t2_dist.shards import ShardReader
+    from s2t2_dist.data.shards import ShardReader
 
     path, target = enlarge(source, work / "large.fasta.gz"), work / "large"
     report, peaks = {}, []
@@ -198,7 +198,7 @@ def read_rows(data: Path, saved: Path) -> dict:
     """Seconds for one random row: `ShardReader`, and `datasets` indexing in numpy format."""
     from datasets import load_from_disk
 
-    from s2t2_dist.shards import ShardReader
+    from s2t2_dist.data.shards import ShardReader
 
     reader, loaded = ShardReader(data, "train"), load_from_disk(str(saved)).with_format("numpy")
     rng = random.Random(0)
@@ -213,8 +213,9 @@ def read_rows(data: Path, saved: Path) -> dict:
 
 def loader_rate(data: Path) -> float:
     """Tokens per second of training batches, in the training order, on one core."""
-    from s2t2_dist.data import load_batch, prefetched, rows_at
-    from s2t2_dist.shards import ShardReader
+    from s2t2_dist.data.batches import load_batch, prefetched
+    from s2t2_dist.data.order import rows_at
+    from s2t2_dist.data.shards import ShardReader
 
     reader, size, count = ShardReader(data, "train"), 32, 1000
     cores = os.sched_getaffinity(0)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from data_prep.packing import WINDOW_TOKENS
 from data_prep.sources import LARGEST_CHUNK
-from s2t2_dist.shards import ROWS_PER_SHARD
+from s2t2_dist.data.shards import ROWS_PER_SHARD
 
 DOCS = Path("docs/data.md")
 BEGIN, END = "<!-- projection -->", "<!-- end of projection -->"

@@ -22,12 +22,13 @@ from pathlib import Path
 import psutil
 from mlflow import MlflowClient
 
-from s2t2_dist import artifacts, leftovers
-from s2t2_dist.checkpoint import list_checkpoints
+from s2t2_dist import artifacts
 from s2t2_dist.errors import ArtifactError
-from tests import launching
+from s2t2_dist.run import leftovers
+from s2t2_dist.run.checkpoint import list_checkpoints
 from tests.conftest import make_small_inputs
-from tests.forked import Job
+from tests.jobs import launching
+from tests.jobs.forked import Job
 
 KINDS = ("rank", "launcher", "job")
 RANKS = 2

@@ -1,4 +1,4 @@
-"""Peak memory of each rank while a model is loaded, before and after `s2t2_dist.loading`.
+"""Peak memory of each rank while a model is loaded, before and after `s2t2_dist.lm.load`.
 
 `python -m tests.bench.loading --help`. Before: `from_pretrained` under ZeRO-3, where rank 0 reads
 everything.
@@ -16,11 +16,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from s2t2_dist import engine, loading
 from s2t2_dist.config import ModelConfig, Translate
+from s2t2_dist.lm import engine
+from s2t2_dist.lm.load import load_lm
 from tests.bench import measure
 from tests.bench.memory import MALLOC, RESULTS, as_launched, make_model
-from tests.distributed import run_ranks
+from tests.jobs.distributed import run_ranks
 
 MODELS = ("large", "large-tied")
 RANKS = (1, 2, 4)
@@ -30,14 +31,14 @@ def load_rank(comm, folder: Path, miniature: Path, own: bool) -> dict[str, int]:
     """Peak bytes above the baseline while a model is loaded, and those that stay.
 
     Args:
-        own: by `loading.load_lm`; else by transformers' `from_pretrained` under ZeRO-3.
+        own: by `load_lm`; else by transformers' `from_pretrained` under ZeRO-3.
     """
     as_launched(comm)
     lm = ModelConfig(model_name_or_path=str(folder))
     stage = Translate(kind="translate", max_steps=1)
     settings = engine.load_settings(Path("ds_configs/cpu.json"))
     full = engine.engine_settings(settings, lm, stage, comm.size)
-    load = loading.load_lm if own else _from_pretrained
+    load = load_lm if own else _from_pretrained
     load(miniature, lm, full)
     base = measure.reset_peak()
     held = load(folder, lm, full)
@@ -107,7 +108,7 @@ def markdown(report: dict) -> str:
         "included, above the same work on a miniature model.",
         "",
         "Before: `from_pretrained` under ZeRO-3; rank 0 maps every file and keeps it until all is "
-        "sent. After: `s2t2_dist.loading`; each rank reads its own part of each weight. What is "
+        "sent. After: `s2t2_dist.lm.load`; each rank reads its own part of each weight. What is "
         "above the partition is one whole weight, the embedding in float32, which DeepSpeed makes "
         "before it cuts it; a tied model is made with a head of its own, let go when it is tied.",
         "",

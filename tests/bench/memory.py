@@ -1,4 +1,4 @@
-"""Peak memory of each rank against `s2t2_dist.plan`, on CPU ranks of this machine.
+"""Peak memory of each rank against `s2t2 plan`, on CPU ranks of this machine.
 
 `python -m tests.bench.memory --help`. Every cell runs a stage's own code under DeepSpeed, gloo and
 one thread per rank: it loads the model from sharded safetensors, trains two steps and evaluates.
@@ -18,17 +18,20 @@ import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import AutoConfig, AutoModelForCausalLM, OlmoConfig
 
-from s2t2_dist import engine, loading, model
 from s2t2_dist.config import Recipe, Stage
-from s2t2_dist.data import ShardReader, load_batch
-from s2t2_dist.evaluate import evaluate
-from s2t2_dist.plan import Hardware, Inputs, StagePlan, plan_stage
-from s2t2_dist.stage import Context, StageRunner
-from s2t2_dist.stages import WeightStage
-from s2t2_dist.translate import TranslateStage
+from s2t2_dist.data.batches import load_batch
+from s2t2_dist.data.evaluate import evaluate
+from s2t2_dist.data.shards import ShardReader
+from s2t2_dist.lm import engine
+from s2t2_dist.lm.folder import fold
+from s2t2_dist.lm.load import load_lm
+from s2t2_dist.sizing.stages import Hardware, Inputs, StagePlan, plan_stage
+from s2t2_dist.training.context import Context, StageRunner
+from s2t2_dist.training.finetune import WeightStage
+from s2t2_dist.training.translate import TranslateStage
 from tests.bench import measure
-from tests.distributed import run_ranks
-from tests.make_shards import make_data
+from tests.data.make_shards import make_data
+from tests.jobs.distributed import run_ranks
 
 RESULTS = Path("tests/bench/results")
 ASSETS = Path("launch/assets")
@@ -120,7 +123,7 @@ def prepare(case: Case, room: Path) -> tuple[Recipe, Path, Recipe, Path]:
             if not folder.exists():
                 folder.mkdir()
                 ids = {"eos_token_id": 0, "pad_token_id": 1}
-                model.fold(source, folder, lambda weight, _: _first_rows(weight), ids)
+                fold(source, folder, lambda weight, _: _first_rows(weight), ids)
         made += [make_recipe(case, source, data), folder]
     return tuple(made)
 
@@ -169,7 +172,7 @@ def _run_stage(
     device = torch.device("cpu")
     context = Context(recipe, Path("never-written"), comm, device, settings, train, validation)
     full = engine.engine_settings(settings, recipe.model, stage, comm.size)
-    loading.load_lm(folder, recipe.model, full)
+    load_lm(folder, recipe.model, full)
     note("loading")
     runner = _make(context, stage, folder)
     _, passes = engine.split_batch(stage, comm.size)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from tests import launching
 from tests.conftest import make_small_inputs
-from tests.mlflow_server import MLflowServer
+from tests.jobs import launching
+from tests.run.mlflow_server import MLflowServer
 
 STAGE = {"kind": "finetune", "init": "truncate", "max_steps": 10**6, **launching.STAGE}
 

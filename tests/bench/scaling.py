@@ -21,7 +21,7 @@ from s2t2_dist.comm import GroupComm
 from s2t2_dist.ot import Translator, row_range
 from s2t2_dist.ot.sizes import rank_memory, rank_traffic, sent
 from tests.bench import measure
-from tests.distributed import run_ranks
+from tests.jobs.distributed import run_ranks
 
 RESULTS = Path("tests/bench/results")
 TARGET = {"V": 100_352, "U": 32_768, "D": 4096}  # OLMo-2's vocabulary and width, a large new one

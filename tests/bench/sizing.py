@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from s2t2_dist.config import load_recipe
-from s2t2_dist.plan import Hardware, run_disk
-from s2t2_dist.plan_report import GIB, make_plan
+from s2t2_dist.sizing.report import GIB, make_plan
+from s2t2_dist.sizing.stages import Hardware, run_disk
 
 PAGE = Path("docs/sizing.md")
 MARKS = ("<!-- made by python -m tests.bench.sizing -->\n", "<!-- end -->\n")

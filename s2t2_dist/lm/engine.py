@@ -1,0 +1,310 @@
+"""DeepSpeed, and nothing else of the project: the only module that imports `deepspeed`.
+
+`TrainedLM` holds every weight under ZeRO with AdamW; `FrozenLM` only partitions the weights.
+Both take a model that `loading.load_lm` loaded under the same DeepSpeed settings.
+"""
+
+import copy
+import gc
+import json
+import logging
+import os
+import socket
+import warnings
+from functools import partial
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups
+from transformers.utils.logging import disable_progress_bar
+
+from s2t2_dist import comm
+from s2t2_dist.config import ModelConfig, Stage
+from s2t2_dist.errors import ConfigError
+from s2t2_dist.run import leftovers
+
+# One owner per number: the recipe owns these, so a DeepSpeed JSON must not hold them.
+RECIPE_OWNED = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+)
+KNOWN_KEYS = (
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "data_types",
+    "communication_data_type",
+    "prescale_gradients",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "comms_logger",
+    "flops_profiler",
+    "steps_per_print",
+    "aio",
+)
+
+
+def init_distributed(timeout: float) -> torch.device:
+    """Join the job that the launcher describes, or a job of one, and return this rank's device.
+
+    Args, Raises: see `comm.join`.
+    """
+    _quiet()
+    if "RANK" not in os.environ:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in alone.items()})
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+    accelerator = get_accelerator()
+    on_cpu = accelerator.device_name() == "cpu"
+    if not on_cpu:
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    elif os.environ["LOCAL_RANK"] == "0":
+        leftovers.clear_stale_lock()
+    backend = "gloo" if on_cpu else accelerator.communication_backend_name()
+    comm.join(backend, timeout)
+    deepspeed.init_distributed(backend, verbose=False)
+    # The groups that DeepSpeed makes would have torch's timeout.
+    deepspeed.comm.comm.cdb.new_group = partial(comm.new_group, timeout)
+    if on_cpu:
+        comm.world_comm().barrier()
+        leftovers.unlink_shared_buffer()
+    return torch.device(accelerator.current_device_name())
+
+
+def load_settings(path: Path) -> dict:
+    """Read a DeepSpeed JSON and check its top-level keys (DeepSpeed accepts any in silence).
+
+    Raises:
+        ConfigError: missing, not JSON, an unknown key, or one that the recipe owns.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"deepspeed: {path} does not exist; see ds_configs/README.md") from None
+    except ValueError as error:
+        raise ConfigError(f"deepspeed: {path} is not JSON ({error})") from None
+    for key in settings:
+        if key in RECIPE_OWNED:
+            raise ConfigError(f"{path}: {key} is set by the recipe; remove it from this file")
+        if key not in KNOWN_KEYS:
+            raise ConfigError(f"{path}: unknown key {key}; expected some of {list(KNOWN_KEYS)}")
+    return settings
+
+
+def engine_settings(settings: dict, model: ModelConfig, stage: Stage, world_size: int) -> dict:
+    """The full DeepSpeed settings of a stage: the JSON plus the recipe's numbers.
+
+    Raises:
+        ConfigError: the global batch is not a multiple of the number of ranks.
+    """
+    micro_batch, accumulation = split_batch(stage, world_size)
+    zero = {"memory_efficient_linear": False, **settings.get("zero_optimization", {})}
+    return {
+        "steps_per_print": 2**62,
+        **settings,
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": stage.max_grad_norm,
+        "bf16": {"enabled": model.dtype == "bfloat16"},
+    }
+
+
+def split_batch(stage: Stage, world_size: int) -> tuple[int, int]:
+    """Rows per forward pass of a rank, and such passes per optimizer step.
+
+    The rows are the largest divisor of a rank's share of the batch that is not above
+    `per_device_train_batch_size`, so that one recipe runs on any number of ranks that divides
+    its batch.
+
+    Raises:
+        ConfigError: the global batch is not a multiple of the number of ranks.
+    """
+    share, rest = divmod(stage.train_batch_size, world_size)
+    if rest:
+        raise ConfigError(
+            f"stages.{stage.name}.train_batch_size is {stage.train_batch_size}, not a multiple of "
+            f"the {world_size} ranks; choose a multiple or another number of ranks"
+        )
+    most = min(share, stage.per_device_train_batch_size)
+    rows = next(rows for rows in range(most, 0, -1) if share % rows == 0)
+    return rows, share // rows
+
+
+class TrainedLM:
+    """A causal LM whose every weight is trained under ZeRO with AdamW.
+
+    Args:
+        settings: from `engine_settings`.
+    """
+
+    def __init__(self, model: torch.nn.Module, settings: dict, stage: Stage):
+        offload = settings["zero_optimization"].get("offload_optimizer") or {}
+        optimizer = {
+            "lr": stage.learning_rate,
+            "betas": [stage.adam_beta1, stage.adam_beta2],
+            "eps": stage.adam_epsilon,
+            "weight_decay": stage.weight_decay,
+            "adam_w_mode": True,
+            # DeepSpeed's own AdamW must be compiled (CUDA: with nvcc); offloading needs it.
+            "torch_adam": offload.get("device", "none") == "none",
+        }
+        self.accumulation = settings["gradient_accumulation_steps"]
+        config = {**settings, "optimizer": {"type": "AdamW", "params": optimizer}}
+        self.engine, *_ = deepspeed.initialize(model=model, config=config)
+        if settings["zero_optimization"].get("stage", 0) in (1, 2):
+            self.engine.optimizer.check_grad_overflow = True  # off in float32 by default
+
+    def logits(
+        self, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Next-token logits (B, T, vocabulary)."""
+        return self.engine(
+            input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False
+        ).logits
+
+    def train_mode(self, on: bool) -> None:
+        self.engine.train(on)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate the gradient of `loss`, whose sum over ranks and micro-batches counts.
+
+        DeepSpeed divides by ranks and by accumulation steps; both are undone here.
+        """
+        self.engine.backward(loss * (self.accumulation * self.engine.world_size))
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()
+
+    def step(self, learning_rate: float) -> float:
+        """Clip and apply the accumulated gradient; returns its norm before clipping.
+
+        Where the norm is not finite, DeepSpeed drops the gradient on every rank and leaves weights
+        and moments as they are.
+        """
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def save(self, directory: Path) -> None:
+        """Write this rank's weights, moments and step count below `directory`. A collective.
+
+        `save_checkpoint` ends in a barrier, where the other ranks would wait for one whose disk
+        is full. So a failed write is kept until this rank has been through the barrier too.
+
+        Raises:
+            OSError, RuntimeError: this rank could not write (torch raises both on a full disk).
+        """
+        files, failures = self.engine.checkpoint_engine, []
+        write = files.save
+
+        def write_or_keep_the_failure(state_dict: dict, path: str) -> None:
+            try:
+                write(state_dict, path)
+            except (OSError, RuntimeError) as error:
+                failures.append(error)
+
+        files.save = write_or_keep_the_failure
+        # Rank 0 would copy a recovery script for DeepSpeed's layout: one more write, no use here.
+        self.engine._copy_recovery_script = lambda _: None
+        try:
+            self.engine.save_checkpoint(str(directory), tag="engine", save_latest=False)
+        finally:
+            files.save = write
+        if failures:
+            raise failures[0]
+
+    def load(self, directory: Path, universal: bool = False) -> None:
+        """Restore what `save` wrote at the same world size, or a universal copy at any.
+
+        DeepSpeed unpickles the files: the caller has checked them.
+        """
+        self.engine._config.load_universal_checkpoint = universal
+        loaded, _ = self.engine.load_checkpoint(
+            str(directory), tag="engine", load_lr_scheduler_states=False
+        )
+        assert loaded is not None, "DeepSpeed found no files, which it says in a warning only"
+        self.engine._config.load_universal_checkpoint = False
+        if universal:
+            # All of its sub-groups share one tensor then, which each of them would count up.
+            for state in self.engine.optimizer.optimizer.state.values():
+                state["step"] = copy.deepcopy(state["step"])
+
+    def state_dict(self) -> dict[str, torch.Tensor] | None:
+        """The whole model's weights on the CPU of rank 0; None elsewhere. A collective."""
+        keep = self.engine.global_rank == 0
+        weights = {}
+        for name, parameter in self.engine.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if keep:
+                    weights[name] = parameter.detach().cpu().clone()
+        return weights if keep else None
+
+    def close(self) -> None:
+        """Give the memory back before the next stage."""
+        self.engine.destroy()
+        del self.engine
+        _clean_up()
+
+
+class FrozenLM:
+    """A causal LM that is only read: partitioned under ZeRO-3, no optimizer, no weight gradient.
+
+    Args:
+        settings: from `engine_settings`.
+        recompute: the model recomputes activations (gradient checkpointing).
+    """
+
+    def __init__(self, model: torch.nn.Module, settings: dict, recompute: bool):
+        model.requires_grad_(False)
+        # The engine gets the module that is called: prefetching starts at its root's hooks.
+        self.engine, *_ = deepspeed.initialize(model=model.base_model, config=settings)
+        self.backbone = self.engine.module
+        self.dtype = next(self.backbone.parameters()).dtype
+        self.recompute = recompute
+        self.train_mode(True)
+
+    def train_mode(self, on: bool) -> None:
+        """Training mode only where activations are recomputed, which needs it (no dropout else)."""
+        self.backbone.train(on and self.recompute)
+
+    def hidden(
+        self, embeds_BTD: torch.Tensor, position_ids_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Last hidden states (B, T, D) of a batch of input embeddings."""
+        return self.backbone(
+            inputs_embeds=embeds_BTD.to(self.dtype), position_ids=position_ids_BT, use_cache=False
+        ).last_hidden_state
+
+    def close(self) -> None:
+        """Give the memory back before the next stage."""
+        self.engine.destroy()
+        del self.engine, self.backbone
+        _clean_up()
+
+
+def _quiet() -> None:
+    """Keep the libraries' progress bars and notices to developers off the terminal."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", message=".*_all_gather_base.*|.*_reduce_scatter_base.*")
+
+
+def _clean_up() -> None:
+    # hpZ's group outlives its engine, and DeepSpeed refuses to make another for the next stage.
+    group = groups._get_zero_param_intra_parallel_group()
+    if group is not None:
+        deepspeed.comm.destroy_process_group(group)
+    gc.collect()
+    get_accelerator().empty_cache()

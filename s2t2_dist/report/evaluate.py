@@ -1,0 +1,60 @@
+"""`s2t2 evaluate`: a Hugging Face folder on one split, in one process, without DeepSpeed."""
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from transformers import AutoModelForCausalLM
+
+from s2t2_dist.data.evaluate import Evaluation, evaluate
+from s2t2_dist.data.shards import ShardReader, require_tokenizer
+from s2t2_dist.errors import ArtifactError, DataError
+from s2t2_dist.lm.folder import WeightFiles
+
+
+def score(
+    model_dir: Path, data_dir: Path, split: str, batch_size: int, dtype: str | None = None
+) -> Evaluation:
+    """Evaluate a model folder on every row of a split, on the GPU where there is one.
+
+    Args:
+        dtype: of weights and activations, `bfloat16` or `float32`; default: as stored.
+
+    Raises:
+        ArtifactError: no model folder, or its weights cannot be read.
+        DataError: the data were made with another tokenizer than the folder's.
+    """
+    if not (model_dir / "config.json").is_file():
+        raise ArtifactError(f"{model_dir} is no Hugging Face model folder (no config.json in it)")
+    WeightFiles(model_dir).check()
+    reader = ShardReader(data_dir, split)
+    require_tokenizer(reader.metadata, model_dir)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = "auto" if dtype is None else getattr(torch, dtype)
+    lm = AutoModelForCausalLM.from_pretrained(model_dir, dtype=wanted).to(device).eval()
+    if reader.metadata["vocab_size"] > lm.config.vocab_size:
+        raise DataError(
+            f"{data_dir} holds token ids up to {reader.metadata['vocab_size'] - 1}, but "
+            f"{model_dir} has {lm.config.vocab_size} rows; build the data for this model"
+        )
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(f"Evaluating {split}", total=len(reader))
+
+        def logits(input_ids_BT: torch.Tensor) -> torch.Tensor:
+            progress.advance(task, len(input_ids_BT))
+            return lm(input_ids_BT).logits
+
+        return evaluate(logits, reader, batch_size, device)
+
+
+def report(evaluation: Evaluation) -> str:
+    """An evaluation as lines of text."""
+    return (
+        f"loss             {evaluation.loss:.6f} nats per token\n"
+        f"perplexity       {evaluation.perplexity:.4f} per token\n"
+        f"bits per byte    {evaluation.bits_per_byte:.6f}\n"
+        f"tokens per byte  {evaluation.tokens / evaluation.bytes:.4f} "
+        f"({evaluation.tokens:,} tokens, {evaluation.bytes:,} bytes)"
+    )

@@ -1,0 +1,114 @@
+"""`s2t2 export`: a finished run as one ordinary Hugging Face folder, verified before it appears."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from huggingface_hub import split_torch_state_dict_into_shards
+from transformers import AutoConfig, AutoTokenizer
+
+from s2t2_dist import artifacts
+from s2t2_dist.config import Recipe, Translate, load_recipe
+from s2t2_dist.data.evaluate import Evaluation
+from s2t2_dist.data.order import rows_at
+from s2t2_dist.data.shards import ShardReader, require_tokenizer
+from s2t2_dist.errors import ArtifactError, ConfigError
+from s2t2_dist.lm.folder import SPECIAL_IDS, WeightFiles, local_folder, save_configs, write_weights
+from s2t2_dist.lm.result import MAX_SHARD_SIZE, MODEL_DIR, copy_tokenizer
+from s2t2_dist.lm.translation import RECORD, TRANSLATION_DIR, fold_translation
+from s2t2_dist.report.card import model_card
+from s2t2_dist.report.verify import UNTRAINED, require_verified
+
+CARD = "README.md"
+ROWS_PER_COUNT = 4096
+
+
+def release(run_dir: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
+    """Write a finished run's model to `target`: weights, configs, tokenizer, card, manifest.
+
+    A run that ends with a translate stage has no model of its own: its translation is folded into
+    the base model here.
+
+    Args:
+        max_shard_size: largest safetensors file, such as "5GB".
+
+    Raises:
+        ConfigError: `max_shard_size` is no size.
+        ArtifactError: the run is not finished, a file was altered, `target` exists, or the folder
+            fails a check of `verify`; nothing is left behind.
+        DataError: the run's data folder is gone or was made with another tokenizer.
+    """
+    _check_size(max_shard_size)
+    recipe = load_recipe(run_dir / "config.yaml")
+    if target.exists():
+        raise ArtifactError(f"{target} exists; choose another folder or remove it yourself")
+    train = ShardReader(recipe.data.path, "train")
+    source, info = _finished(run_dir, recipe)
+    record = {key: info[key] for key in ("recipe", "evaluation", "stage", "s2t2_dist")}
+    record = {"kind": "model", **record, UNTRAINED: untrained_ids(recipe, train)}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        artifacts.sealed_directory(target, record) as temporary,
+        tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.fold-") as folded,
+    ):
+        if isinstance(recipe.stages[-1], Translate):
+            base = local_folder(recipe.model)
+            fold_translation(source, base, Path(folded), train.metadata)
+            source = Path(folded)
+        copy_weights(source, temporary, max_shard_size)
+        copy_tokenizer(train.directory, temporary)
+        tokenizer = AutoTokenizer.from_pretrained(temporary)
+        ids = {name: getattr(tokenizer, name) for name in SPECIAL_IDS}
+        save_configs(AutoConfig.from_pretrained(source), ids, temporary)
+        card = model_card(target.name, recipe, train.metadata, Evaluation(**record["evaluation"]))
+        (temporary / CARD).write_text(card, encoding="utf-8")
+        require_verified(temporary, record[UNTRAINED])
+
+
+def _check_size(size: str) -> None:
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=size)
+    except (ValueError, OverflowError):
+        raise ConfigError(
+            f"max_shard_size: {size!r} is no size; give a number with KB, MB, GB or TB, as in 5GB"
+        ) from None
+
+
+def _finished(run_dir: Path, recipe: Recipe) -> tuple[Path, dict]:
+    """The artifact of the last stage, checked against its manifest, and what it records."""
+    translated = isinstance(recipe.stages[-1], Translate)
+    source = run_dir / (TRANSLATION_DIR if translated else MODEL_DIR)
+    if not artifacts.is_complete(source):
+        raise ArtifactError(
+            f"{run_dir} is not finished ({source.name}/ is not complete); "
+            f"s2t2 train {run_dir / 'config.yaml'} resumes it"
+        )
+    manifest = artifacts.verify(source)
+    if translated:
+        return source, artifacts.read_json(source / RECORD)["info"]
+    require_tokenizer(artifacts.read_manifest(recipe.data.path), source)
+    return source, manifest
+
+
+def untrained_ids(recipe: Recipe, train: ShardReader) -> list[int]:
+    """Token ids that no row held on which any stage of the run was trained, ascending.
+
+    Their rows got no gradient of their own, so that they may be equal to each other. The stages
+    share one data order, each going on where the one before stopped, so the rows visited are the
+    first of that order. The rows on which a translation from another run was learned do not count:
+    its tokens are untrained here unless this run's own stages met them.
+    """
+    visited = sum(stage.max_steps * stage.train_batch_size for stage in recipe.stages)
+    seen = np.zeros(train.metadata["vocab_size"], dtype=bool)
+    for start in range(0, min(visited, len(train)), ROWS_PER_COUNT):
+        positions = np.arange(start, min(start + ROWS_PER_COUNT, visited, len(train)))
+        for row in rows_at(positions, len(train), recipe.seed):
+            seen[train[row][: train.length(row)]] = True
+    return np.flatnonzero(~seen).tolist()
+
+
+def copy_weights(source: Path, target: Path, max_shard_size: str) -> None:
+    """Copy a folder's tensors into files of at most this size, see `write_weights`."""
+    weights = WeightFiles(source)
+    shapes = {name: weights.on_meta(name) for name in weights.file_of}
+    write_weights(target, shapes, weights.read, max_shard_size)

@@ -1,0 +1,139 @@
+"""Finished runs as they lie on disk: recipe, data, metrics and plans, for tables and figures."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from s2t2_dist import artifacts
+from s2t2_dist.config import Finetune, Recipe, Stage, Translate, load_recipe
+from s2t2_dist.errors import ArtifactError, DataError
+from s2t2_dist.lm.translation import TRANSLATION_DIR, Translation, load_translation
+from s2t2_dist.run.tracking import METRICS, read_metrics
+
+AMINO_ACIDS = frozenset("ACDEFGHIKLMNPQRSTVWY")
+RARE_AMINO_ACIDS = frozenset("BJOUXZ")
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that is done.
+
+    Attributes:
+        data: manifest of its data folder.
+        metrics: lines of its `metrics.jsonl`.
+    """
+
+    path: Path
+    recipe: Recipe
+    data: dict
+    metrics: list[dict]
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    def lines(self, index: int) -> list[dict]:
+        """The metrics of one stage, in the order of its steps."""
+        return [line for line in self.metrics if line["stage_index"] == index]
+
+    def evaluations(self, index: int) -> dict[int, dict]:
+        """Step of the stage -> the line that holds its evaluation."""
+        return {line["step"]: line for line in self.lines(index) if "eval_loss" in line}
+
+    def first_step(self, index: int) -> int:
+        """Optimizer steps of the stages before."""
+        return sum(stage.max_steps for stage in self.recipe.stages[:index])
+
+    def bytes_per_token(self, split: str) -> float:
+        """Bytes of text over tokens of a split (end tokens count, and stand for no text)."""
+        held = self.data["splits"][split]
+        return held["bytes"] / held["tokens"]
+
+    def training_bits(self, line: dict) -> float:
+        """A line's training loss in bits per byte, at the mean token length of the train split."""
+        return line["loss"] / math.log(2) / self.bytes_per_token("train")
+
+    def translation_of(self, stage: Stage) -> Translation | None:
+        """The plan that a stage learned, or that a finetune stage was given from elsewhere."""
+        if isinstance(stage, Translate):
+            return self._learned
+        if isinstance(stage, Finetune) and stage.translation is not None:
+            return load_translation(stage.translation)
+        return None
+
+    @cached_property
+    def _learned(self) -> Translation:
+        return load_translation(self.path / TRANSLATION_DIR)
+
+
+def read_run(path: Path) -> FinishedRun:
+    """Read a run directory.
+
+    Raises:
+        ArtifactError: no run directory, or the run is not done; the message names it.
+        ConfigError: its config.yaml is not a recipe.
+    """
+    if not (path / "config.yaml").is_file():
+        raise ArtifactError(f"{path} is no run directory (no config.yaml); give a run's output_dir")
+    status = artifacts.read_json(path / "status.json")
+    if status.get("state") != "done":
+        reason = f" ({status['reason']})" if "reason" in status else ""
+        raise ArtifactError(
+            f"{path} is {status.get('state')}{reason}, not done; "
+            f"s2t2 train {path / 'config.yaml'} resumes it"
+        )
+    recipe = load_recipe(path / "config.yaml")
+    run = FinishedRun(path, recipe, artifacts.read_manifest(recipe.data.path), read_metrics(path))
+    for index, stage in enumerate(recipe.stages):
+        if not {0, stage.max_steps} <= run.evaluations(index).keys():
+            raise ArtifactError(
+                f"{path / METRICS} lacks the first or last evaluation of stage {stage.name}"
+            )
+    return run
+
+
+def read_runs(paths: list[Path]) -> list[FinishedRun]:
+    """Read runs that can be compared.
+
+    Raises:
+        DataError: two of them are evaluated on different text.
+    """
+    runs = [read_run(path) for path in paths]
+    for run in runs[1:]:
+        if text_of(run.data) != text_of(runs[0].data):
+            raise DataError(
+                f"{run.path} and {runs[0].path} have different text in train or validation; "
+                "compare runs whose data were built from the same files and fraction"
+            )
+    return runs
+
+
+def text_of(data: dict) -> dict[str, dict[str, int]]:
+    """Bytes of each value in each split: the same for every tokenizer."""
+    return {split: held["byte_counts"] for split, held in data["splits"].items()}
+
+
+def uniform_bits(data: dict) -> tuple[float, str]:
+    """Bits per byte of guessing letters with no knowledge, and what is guessed among.
+
+    Proteins: the 20 standard letters (the few others are left out); else every byte value that
+    the train split holds.
+    """
+    counts = data["splits"]["train"]["byte_counts"]
+    if AMINO_ACIDS <= counts.keys() <= AMINO_ACIDS | RARE_AMINO_ACIDS:
+        return math.log2(len(AMINO_ACIDS)), "the 20 amino acids"
+    return math.log2(len(counts)), f"the {len(counts)} byte values of the train split"
+
+
+def unigram_bits(data: dict) -> float:
+    """Bits per byte of the validation split under the train split's byte frequencies.
+
+    Frequencies are smoothed by adding one to each of the 256 byte values.
+    """
+    train, validation = (data["splits"][s]["byte_counts"] for s in ("train", "validation"))
+    total = sum(train.values()) + 256
+    bits = sum(
+        -count * math.log2((train.get(byte, 0) + 1) / total) for byte, count in validation.items()
+    )
+    return bits / sum(validation.values())

@@ -1,0 +1,40 @@
+"""`s2t2 track`: send MLflow what a run wrote down while the server could not be reached."""
+
+from pathlib import Path
+
+from s2t2_dist.artifacts import read_json
+from s2t2_dist.config import load_recipe, recipe_values
+from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error
+from s2t2_dist.run.directory import CONFIG, locked, read_state
+from s2t2_dist.run.tracking import LINK, MLflowShipper, flatten, read_metrics
+
+# What MLflow calls the states of `status.json`; a run that is still "running" was killed.
+STATUS = {"done": "FINISHED", "failed": "FAILED"}
+
+
+def replay(run_dir: Path, seconds: float) -> str:
+    """Send every line of `metrics.jsonl` that MLflow does not have; returns a line to print.
+
+    Args:
+        seconds: how long the server may take.
+
+    Raises:
+        ArtifactError: no run directory.
+        ConfigError: its recipe switches MLflow off.
+        S2T2Error: a job runs in it, which sends them itself, or the server did not answer in time.
+    """
+    if not (run_dir / CONFIG).exists():
+        raise ArtifactError(f"{run_dir} is no run directory (no {CONFIG} in it)")
+    recipe = load_recipe(run_dir / CONFIG)
+    if not recipe.tracking.enabled:
+        raise ConfigError(f"{run_dir / CONFIG}: tracking.enabled is false")
+    with locked(run_dir):
+        status = STATUS.get(read_state(run_dir) or "", "KILLED")
+        shipper = MLflowShipper(run_dir, recipe.tracking, flatten(recipe_values(recipe)))
+        if not shipper.close(status, seconds):
+            raise S2T2Error(
+                f"MLflow at {shipper.uri} did not take everything within {seconds:.0f} s; nothing "
+                "is lost: run this again when it answers"
+            )
+    run_id, lines = read_json(run_dir / LINK)["run_id"], len(read_metrics(run_dir))
+    return f"{lines} lines of {run_dir} are in MLflow run {run_id} at {shipper.uri}, {status}"

@@ -1,0 +1,75 @@
+"""What the stages of a run share: their context and the interface that the loop drives.
+
+Shapes: B rows of a micro-batch, T tokens of a row.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from s2t2_dist.comm import LocalComm
+from s2t2_dist.config import Recipe
+from s2t2_dist.data.batches import Batch
+from s2t2_dist.data.shards import ShardReader
+from s2t2_dist.lm.result import special_ids
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage of a run shares on one rank."""
+
+    recipe: Recipe
+    run_dir: Path
+    comm: LocalComm
+    device: torch.device
+    deepspeed: dict  # the DeepSpeed JSON
+    train: ShardReader
+    validation: ShardReader
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        return special_ids(self.train.metadata)
+
+
+def or_nan(loss: torch.Tensor) -> torch.Tensor:
+    """The loss itself; where it is not finite, one whose every gradient is NaN.
+
+    So a loss that is lost on one rank shows in the norm of the summed gradient on all of them.
+    """
+    return loss * torch.where(loss.isfinite(), 1.0, torch.nan)
+
+
+class StageRunner(Protocol):
+    """One stage on one rank. Every method but `logits` is a collective."""
+
+    def train_step(
+        self, batches: list[Batch], predicted: int, learning_rate: float
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """One optimizer step; none, on any rank, where `grad_norm` of the metrics is not finite.
+
+        Args:
+            batches: this rank's micro-batches.
+            predicted: predicted tokens of the whole step, over all ranks.
+
+        Returns:
+            nats summed over this rank's tokens (a float64 scalar on the device), and metrics that
+            are the same on every rank.
+        """
+
+    def evaluation_mode(self, on: bool) -> None: ...
+
+    def logits(
+        self, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor | None = None
+    ) -> torch.Tensor: ...
+
+    def save(self, directory: Path) -> None: ...
+
+    def load(self, directory: Path, world_size: int) -> None:
+        """Restore what `world_size` ranks saved, from a checkpoint that was checked."""
+
+    def finish(self, record: dict) -> None:
+        """Write the stage's result, with `record` in its manifest."""
+
+    def close(self) -> None: ...

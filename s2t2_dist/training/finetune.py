@@ -1,0 +1,137 @@
+"""Builds the runner of a stage; holds the one that trains every weight (pretrain, finetune).
+
+The other one, which learns the transport plan, is in `translate`.
+"""
+
+from pathlib import Path
+
+import torch
+
+from s2t2_dist import artifacts
+from s2t2_dist.comm import agree
+from s2t2_dist.config import Finetune, Pretrain, Stage, Translate
+from s2t2_dist.data.batches import Batch
+from s2t2_dist.data.evaluate import sum_of_nats
+from s2t2_dist.errors import ConfigError, everywhere
+from s2t2_dist.lm import engine
+from s2t2_dist.lm.folder import fold, local_folder, save_random_lm
+from s2t2_dist.lm.load import load_lm
+from s2t2_dist.lm.result import MODEL_DIR, write_model
+from s2t2_dist.lm.translation import TRANSLATION_DIR, fold_translation
+from s2t2_dist.run import reshard
+from s2t2_dist.training.context import Context, StageRunner, or_nan
+from s2t2_dist.training.translate import TranslateStage
+
+
+def make_stage(context: Context, stage: Stage) -> StageRunner:
+    """Load the model and build the runner of a stage. A collective."""
+    if isinstance(stage, Translate):
+        return TranslateStage(context, stage)
+    return WeightStage(context, stage, starting_model(context, stage))
+
+
+def starting_model(context: Context, stage: Stage) -> Path:
+    """The folder that a weight stage starts from; rank 0 makes it where it must be made."""
+    if isinstance(stage, Finetune) and stage.init == "source":
+        return local_folder(context.recipe.model)
+    folder = context.run_dir / f"start-{stage.name}"
+
+    def make() -> None:
+        if context.comm.rank != 0 or artifacts.is_complete(folder):
+            return
+        record = {"kind": "model", "stage": stage.name}
+        with artifacts.sealed_directory(folder, record) as temporary:
+            _make_starting_model(context, stage, temporary)
+
+    agree(context.comm, make, f"writing {folder}")
+    return folder
+
+
+def _make_starting_model(context: Context, stage: Stage, target: Path) -> None:
+    recipe = context.recipe
+    if isinstance(stage, Pretrain):
+        torch.manual_seed(recipe.seed)
+        vocabulary = {"vocab_size": context.train.metadata["vocab_size"]}
+        save_random_lm(recipe.model, vocabulary | context.special_ids, target)
+        return
+    assert isinstance(stage, Finetune)
+    source = local_folder(recipe.model)
+    if stage.init == "truncate":
+        rows = context.train.metadata["vocab_size"]
+        fold(source, target, lambda weight, _: weight[:rows], context.special_ids)
+        return
+    translation = stage.translation or context.run_dir / TRANSLATION_DIR
+    fold_translation(translation, source, target, context.train.metadata)
+
+
+class WeightStage:
+    """Every weight trained under ZeRO: pretraining and finetuning.
+
+    Args:
+        folder: the Hugging Face folder to start from.
+    """
+
+    def __init__(self, context: Context, stage: Stage, folder: Path):
+        self.context = context
+        self.folder = folder
+        settings = engine.engine_settings(
+            context.deepspeed, context.recipe.model, stage, context.comm.size
+        )
+        lm = load_lm(folder, context.recipe.model, settings)
+        self.lm = engine.TrainedLM(lm, settings, stage)
+        self.logits = self.lm.logits
+
+    def evaluation_mode(self, on: bool) -> None:
+        self.lm.train_mode(not on)
+
+    def train_step(
+        self, batches: list[Batch], predicted: int, learning_rate: float
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        nats = torch.zeros((), dtype=torch.float64, device=self.context.device)
+        for batch in batches:
+            batch = batch.to(self.context.device)
+            loss = sum_of_nats(self.logits(batch.input_ids, batch.position_ids), batch.labels)
+            self.lm.backward(or_nan(loss / predicted))
+            nats += loss.detach()
+        return nats, {"grad_norm": self.lm.step(learning_rate)}
+
+    def save(self, directory: Path) -> None:
+        self.lm.save(directory)
+
+    def load(self, directory: Path, world_size: int) -> None:
+        if world_size == self.context.comm.size:
+            self.lm.load(directory)
+            return
+        zero = self.context.deepspeed.get("zero_optimization", {}).get("stage", 0)
+        if zero != 3:
+            raise everywhere(
+                ConfigError(
+                    f"{directory} was written by {world_size} ranks under ZeRO {zero}, which only "
+                    f"as many can load: start with {world_size} (ZeRO 3 resumes with any number)"
+                )
+            )
+        with reshard.converted(directory, self.context.comm) as copy:
+            self.lm.load(copy, universal=True)
+
+    def finish(self, record: dict) -> None:
+        """Write `model/`, the run's Hugging Face folder."""
+        target = self.context.run_dir / MODEL_DIR
+        if artifacts.is_complete(target):
+            return
+        weights = self.lm.state_dict()
+
+        def write() -> None:
+            if weights is not None:
+                write_model(
+                    target,
+                    weights,
+                    self.folder,
+                    self.context.train.directory,
+                    self.context.special_ids,
+                    record,
+                )
+
+        agree(self.context.comm, write, f"writing {target}")
+
+    def close(self) -> None:
+        self.lm.close()

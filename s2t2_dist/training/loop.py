@@ -1,0 +1,341 @@
+"""The training loop: a run directory, its stages, checkpoints, metrics and status.
+
+One loop serves every stage. A run can be stopped anywhere: the data order, the learning rate and
+the random state of a step are pure functions of (seed, stage, step), so a checkpoint holds only
+weights, moments and a position.
+"""
+
+import contextlib
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from s2t2_dist import comm
+from s2t2_dist.comm import agree
+from s2t2_dist.config import Recipe, Stage, Translate, recipe_values
+from s2t2_dist.data.batches import Batch, count_predicted, load_batch, prefetched
+from s2t2_dist.data.evaluate import Evaluation, evaluate
+from s2t2_dist.data.order import rows_at
+from s2t2_dist.data.shards import ShardReader, require_tokenizer
+from s2t2_dist.errors import S2T2Error
+from s2t2_dist.lm import engine
+from s2t2_dist.lm.folder import local_folder
+from s2t2_dist.run import checkpoint, heartbeat
+from s2t2_dist.run.directory import claimed, identify_inputs, read_state, record_loss, write_status
+from s2t2_dist.run.progress import Progress
+from s2t2_dist.run.stopping import StopRequest
+from s2t2_dist.run.tracking import MetricsFile, MLflowShipper, flatten, is_shipped, read_metrics
+from s2t2_dist.training import preflight
+from s2t2_dist.training.context import Context, StageRunner
+from s2t2_dist.training.finetune import make_stage
+from s2t2_dist.training.inputs import check_inputs
+from s2t2_dist.training.nonfinite import SkippedSteps, require_sound
+from s2t2_dist.training.schedule import learning_rate
+
+EXIT_DONE = 0
+EXIT_PREEMPTED = 3
+
+
+class PreemptedError(Exception):
+    """A stop was asked for and a checkpoint was written."""
+
+
+def run(recipe: Recipe, resume: str = "auto") -> int:
+    """Run a recipe's stages in its run directory, from its newest checkpoint where there is one.
+
+    Args:
+        resume: `auto` (the newest good checkpoint), `never` (a new directory only) or the path of
+            a checkpoint of this run.
+
+    Returns:
+        the exit code: 0 done, 3 stopped by a signal or the time limit, with a checkpoint written.
+
+    Raises:
+        S2T2Error: a user's mistake, found before anything is written; a full disk; gradients that
+            are no longer finite.
+    """
+    parent = os.getppid()  # before the start, in which it may die
+    device = engine.init_distributed(recipe.collective_timeout)
+    world = comm.world_comm()
+    record = partial(record_loss, recipe.output_dir.resolve())
+    try:
+        with heartbeat.watched(world, recipe.heartbeat_timeout, record) as await_cause:
+            code = _run_job(recipe, resume, world, device, await_cause, parent)
+    except S2T2Error as error:
+        if error.everywhere:  # else the other ranks may still be waiting in a collective
+            comm.destroy()
+        raise
+    comm.destroy()
+    return code
+
+
+def _run_job(
+    recipe: Recipe,
+    resume: str,
+    world: comm.LocalComm,
+    device: torch.device,
+    await_cause: Callable[[BaseException], None],
+    parent: int,
+) -> int:
+    preflight.check_agreement(recipe, world)
+    context = agree(world, lambda: _open_inputs(recipe, world, device), "opening the inputs")
+    preflight.check_room(context)
+    with contextlib.ExitStack() as held:
+        state = agree(world, lambda: _claim(context, resume, held), "making the run directory")
+        preflight.check_shared(context.run_dir, world)
+        if world.broadcast_object(state) != "done":
+            return Trainer(context, resume, await_cause, parent).run()
+        if world.rank == 0:
+            _finish_shipping(context)
+            print(f"{context.run_dir} is done; nothing to do")
+        return EXIT_DONE
+
+
+def _open_inputs(recipe: Recipe, world: comm.LocalComm, device: torch.device) -> Context:
+    """Check and open what a run reads, before anything is written."""
+    data = recipe.data
+    train = ShardReader(data.path, "train", data.verify)
+    if data.tokenizer is not None:
+        require_tokenizer(train.metadata, data.tokenizer)
+    for stage in recipe.stages:
+        engine.split_batch(stage, world.size)
+    context = Context(
+        recipe=recipe,
+        run_dir=recipe.output_dir.resolve(),
+        comm=world,
+        device=device,
+        deepspeed=engine.load_settings(recipe.deepspeed),
+        train=train,
+        validation=ShardReader(data.path, "validation"),
+    )
+    check_inputs(context)
+    return context
+
+
+def _claim(context: Context, resume: str, held: contextlib.ExitStack) -> str | None:
+    """On rank 0, make or take over the run directory, and read its state; `held` unlocks it."""
+    if context.comm.rank != 0:
+        return None
+    recipe = context.recipe
+    base = local_folder(recipe.model) if recipe.model.config is None else None
+    translates = [stage for stage in recipe.stages if isinstance(stage, Translate)]
+    others = [path for stage in translates for path in (stage.source_tokens, stage.source_marginal)]
+    data = context.train.directory
+    inputs = identify_inputs(data, context.deepspeed, base, others)
+    held.enter_context(claimed(context.run_dir, recipe, inputs, resume))
+    return read_state(context.run_dir)
+
+
+def _finish_shipping(context: Context) -> None:
+    """Send MLflow what a run that is done could not send at its end."""
+    if context.recipe.tracking.enabled and not is_shipped(context.run_dir):
+        _start_shipper(context).close("FINISHED")
+
+
+def _start_shipper(context: Context) -> MLflowShipper:
+    params = flatten(recipe_values(context.recipe))
+    return MLflowShipper(context.run_dir, context.recipe.tracking, params)
+
+
+class Trainer:
+    """One run on one rank, in a run directory that is its own.
+
+    Args:
+        resume: as for `run`.
+        await_cause: from `heartbeat.watched`.
+        parent: the process that started this one.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        resume: str,
+        await_cause: Callable[[BaseException], None],
+        parent: int,
+    ):
+        self.context = context
+        self.recipe, self.run_dir, self.comm = context.recipe, context.run_dir, context.comm
+        self.await_cause = await_cause
+        launcher = parent if self.comm.size > 1 else None
+        self.stop = StopRequest(launcher, self.recipe.max_hours)
+        self.skipped = SkippedSteps(self.recipe.max_bad_steps, self.comm.rank)
+        path = None if resume in ("auto", "never") else Path(resume)
+        found = checkpoint.find(self.run_dir, self.comm, path)
+        self.resume_dir, self.position = found or (None, None)
+        if found and self.comm.rank == 0:
+            print(f"resuming from {self.resume_dir.name}", flush=True)
+        self.metrics: MetricsFile | None = None
+        self.mlflow: MLflowShipper | None = None
+        agree(self.comm, self._open_metrics, "opening the metrics")
+
+    def _open_metrics(self) -> None:
+        """On rank 0, open the files that it writes."""
+        if self.comm.rank == 0:
+            self.metrics = MetricsFile(self.run_dir)
+            self.metrics.truncate(self.position.metrics_bytes if self.position else 0)
+            counts = [line.get("skipped_steps", 0) for line in read_metrics(self.run_dir)]
+            self.skipped.total = max(counts, default=0)
+            if self.recipe.tracking.enabled:
+                self.mlflow = _start_shipper(self.context)
+
+    def run(self) -> int:
+        """Run every stage that is not behind the checkpoint; returns the exit code."""
+        first = self.position.stage_index if self.position else 0
+        self._write_status("running", stage=self.recipe.stages[first].name)
+        try:
+            for index in range(first, len(self.recipe.stages)):
+                evaluation = self._run_stage(index)
+        except PreemptedError:
+            self._end("preempted", "KILLED")
+            return EXIT_PREEMPTED
+        except BaseException as error:
+            self.await_cause(error)
+            with contextlib.suppress(OSError):  # a full disk must not hide what happened
+                self._end("failed", "FAILED", reason=f"{type(error).__name__}: {error}")
+            raise
+        self._end("done", "FINISHED", **evaluation.metrics())
+        return EXIT_DONE
+
+    def _write_status(self, state: str, **more: object) -> None:
+        if self.comm.rank == 0:
+            write_status(self.run_dir, state, **more)
+
+    def _end(self, state: str, mlflow_status: str, **more: object) -> None:
+        """Close the files and write the status; only then wait for MLflow, which may be slow."""
+        if self.metrics:
+            self.metrics.sync()
+            self.metrics.close()
+        self._write_status(state, **more)
+        if self.mlflow:
+            self.mlflow.close(mlflow_status)
+
+    def _run_stage(self, index: int) -> Evaluation:
+        stage = self.recipe.stages[index]
+        seed_step(self.recipe.seed, index, 0, 0)
+        runner = make_stage(self.context, stage)
+        resuming = self.position is not None and self.position.stage_index == index
+        start = self.position.step if resuming else 0
+        if resuming:
+            runner.load(self.resume_dir, self.position.world_size)
+        progress = Progress(stage.name, start, stage.max_steps, self.comm.rank)
+        if not resuming:
+            evaluation = self._evaluate(runner, stage)
+            self._log(stage, index, 0, evaluation.metrics(), progress)
+        elif start == stage.max_steps:  # its last evaluation is in the metrics already
+            evaluation = self._evaluate(runner, stage)
+        steps = range(start, stage.max_steps)
+        read = prefetched(self._batches(index, step) for step in steps)
+        for step, (batches, predicted) in zip(steps, read, strict=True):
+            values = self._step(runner, stage, index, step, batches, predicted)
+            done = step + 1
+            if done == stage.max_steps or (stage.eval_steps and done % stage.eval_steps == 0):
+                evaluation = self._evaluate(runner, stage)
+                values |= evaluation.metrics()
+            self._log(stage, index, done, values, progress)
+            stopping = self._stop_asked()
+            giving_up = self.skipped.in_a_row == self.skipped.most
+            if done == stage.max_steps or done % stage.save_steps == 0 or stopping or giving_up:
+                self._save(runner, stage, index, done)
+            self.skipped.require_fewer(self.run_dir, stage, done)
+            if stopping and done < stage.max_steps:
+                raise PreemptedError
+        record = {"recipe": recipe_values(self.recipe), "evaluation": asdict(evaluation)}
+        runner.finish({**record, "stage": stage.name, "s2t2_dist": version("s2t2-dist")})
+        runner.close()
+        return evaluation
+
+    def _step(
+        self,
+        runner: StageRunner,
+        stage: Stage,
+        index: int,
+        step: int,
+        batches: list[Batch],
+        predicted: int,
+    ) -> dict[str, float]:
+        """One optimizer step on this rank's share of the global batch, and its metrics."""
+        started = time.perf_counter()
+        seed_step(self.recipe.seed, index, step, self.comm.rank)
+        rate = learning_rate(
+            step, stage.max_steps, stage.learning_rate, stage.warmup_ratio, stage.min_lr_ratio
+        )
+        nats, values = runner.train_step(batches, predicted, rate)
+        loss = float(self.comm.sum_(nats)) / predicted
+        values |= {"skipped_steps": self.skipped.count(stage, step + 1, values["grad_norm"])}
+        seconds = time.perf_counter() - started
+        tokens = stage.train_batch_size * self.context.train.context
+        speed = {"tokens_per_second": tokens / seconds, "step_seconds": seconds}
+        return {"loss": loss, "learning_rate": rate, **values, **speed}
+
+    def _batches(self, index: int, step: int) -> tuple[list[Batch], int]:
+        """This rank's micro-batches of a step, and the predicted tokens of the whole step.
+
+        A stage goes on in the order of the rows where the stages before it stopped.
+        """
+        reader = self.context.train
+        *before, stage = self.recipe.stages[: index + 1]
+        first = sum(earlier.max_steps * earlier.train_batch_size for earlier in before)
+        first += step * stage.train_batch_size
+        positions = np.arange(first, first + stage.train_batch_size)
+        rows = rows_at(positions, len(reader), self.recipe.seed)
+        mine = np.split(rows, self.comm.size)[self.comm.rank]
+        _, passes = engine.split_batch(stage, self.comm.size)
+        micro = np.split(mine, passes)
+        mask = self.recipe.data.document_mask
+        batches = [load_batch(reader, part, mask) for part in micro]
+        return batches, count_predicted(reader, rows, mask)
+
+    def _evaluate(self, runner: StageRunner, stage: Stage) -> Evaluation:
+        runner.evaluation_mode(True)
+        evaluation = evaluate(
+            runner.logits,
+            self.context.validation,
+            stage.per_device_eval_batch_size,
+            self.context.device,
+            self.comm,
+            self.recipe.data.document_mask,
+        )
+        runner.evaluation_mode(False)
+        return evaluation
+
+    def _log(
+        self, stage: Stage, index: int, step: int, values: dict[str, float], progress: Progress
+    ) -> None:
+        if self.metrics:
+            self.metrics.append(stage.name, index, step, values)
+        progress.update(step, values)
+
+    def _save(self, runner: StageRunner, stage: Stage, index: int, step: int) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            S2T2Error: on every rank, where the weights are lost: they are never saved.
+        """
+        started = time.monotonic()
+        require_sound(runner, self.context, stage, step)
+        length = self.metrics.sync() if self.metrics else 0
+        position = checkpoint.Position(index, stage.name, step, self.comm.size, length)
+        keep = self.recipe.save_total_limit, self.recipe.keep_steps
+        checkpoint.save(self.run_dir, position, runner.save, self.comm, *keep)
+        self.stop.saved(time.monotonic() - started)
+
+    def _stop_asked(self) -> bool:
+        """Whether any rank was told to stop; every rank gives the same answer."""
+        flag = torch.tensor([int(self.stop.asked())], device=self.context.device)
+        return bool(self.comm.max_(flag))
+
+
+def seed_step(seed: int, stage_index: int, step: int, rank: int) -> None:
+    """Set every generator for one step: a resume needs no saved random state."""
+    words = np.random.SeedSequence([seed, stage_index, step, rank]).generate_state(2)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[0]))
+    torch.manual_seed(int(words[0]) << 32 | int(words[1]))

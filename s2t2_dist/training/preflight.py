@@ -1,0 +1,248 @@
+"""Checks of every rank before a model is loaded: one line for each thing that does not hold.
+
+`check_agreement` compares the ranks: a node with another version or an old copy of a file would
+train on, wrongly. `check_room` asks each rank what it has. `check_shared` looks, through every
+rank, at the run directory that rank 0 made. All are collectives and write nothing.
+"""
+
+import logging
+import os
+import platform
+import shutil
+import time
+import urllib.error
+import urllib.request
+from copy import deepcopy
+from dataclasses import dataclass
+from http.client import HTTPException
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+import torch
+
+from s2t2_dist import artifacts
+from s2t2_dist.comm import LocalComm
+from s2t2_dist.config import Recipe, Stage, Translate, changed_keys, recipe_values
+from s2t2_dist.errors import PreflightError
+from s2t2_dist.lm.folder import WeightFiles, count_weights, local_folder, random_lm_config
+from s2t2_dist.lm.vocabulary import source_rows
+from s2t2_dist.run.checkpoint import CHECKPOINT_BYTES
+from s2t2_dist.run.directory import LOCK
+from s2t2_dist.run.tracking import default_uri
+from s2t2_dist.training.context import Context
+
+PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "numpy", "pyarrow")
+MLFLOW_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+SERVER_SECONDS = 5.0
+# So long NFS may believe that a file it was asked for before is still not there.
+SHARED_SECONDS = 60.0
+GIB = 2**30
+
+_log = logging.getLogger(__name__)
+
+
+def check_agreement(recipe: Recipe, comm: LocalComm) -> None:
+    """Every rank runs the same packages on the same recipe and data as rank 0.
+
+    Raises:
+        PreflightError: on every rank, with a line per host and difference.
+    """
+    everyone = comm.gather_objects(_facts(recipe))
+    _require_none(comm, [_differences(everyone[0], facts) for facts in everyone])
+
+
+def _facts(recipe: Recipe) -> dict:
+    """What has to be the same on every rank, as a mapping that `changed_keys` compares."""
+    manifest = recipe.data.path / artifacts.MANIFEST
+    code = {"python": platform.python_version(), "sources of s2t2_dist": _sources()}
+    return {
+        "version": code | {package: _version(package) for package in PACKAGES},
+        "recipe": recipe_values(recipe),
+        "data": {str(manifest): _sha256(manifest)},
+    }
+
+
+def _differences(rank_0: dict, here: dict) -> list[str]:
+    fix = {
+        "version": "install the same on every node",
+        "recipe": "start every node with the same recipe and overrides",
+        "data": "give every node the same data",
+    }
+    return [
+        f"{kind} {line} (rank 0 -> here); {fix[kind]}"
+        for kind in fix
+        for line in changed_keys(rank_0[kind], here[kind])
+    ]
+
+
+def _sources() -> str:
+    """This package's own code, whose version says little in a checkout."""
+    folder = Path(__file__).parents[1]
+    found = [f for f in folder.rglob("*") if f.suffix in (".py", ".cpp", ".h")]
+    files = {str(f.relative_to(folder)): _sha256(f) for f in found}
+    return artifacts.sha256_json(files)[:12]
+
+
+def _sha256(path: Path) -> str | None:
+    return artifacts.sha256_file(path)[:12] if path.is_file() else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def check_room(context: Context) -> None:
+    """Every rank has the memory and the disk, and rank 0 a tracking store that can be one.
+
+    Raises:
+        PreflightError: on every rank, with a line per host and problem.
+    """
+    need = needs(context)
+    problems = _disk_problems(context, need.checkpoint) + _memory_problems(context, need.memory)
+    if context.comm.rank == 0 and context.recipe.tracking.enabled:
+        chosen = os.environ.get("MLFLOW_TRACKING_URI") or context.recipe.tracking.uri
+        problems += _tracking_problems(chosen or default_uri())
+    _require_none(context.comm, context.comm.gather_objects(problems))
+
+
+def check_shared(run_dir: Path, comm: LocalComm) -> None:
+    """Every rank sees the run directory that rank 0 has just claimed.
+
+    Raises:
+        PreflightError: on every rank, with a line per host that sees none, or one of its own.
+    """
+    lock = run_dir / LOCK
+    wanted = comm.broadcast_object(_text(lock))
+    deadline = time.monotonic() + SHARED_SECONDS
+    while (found := _text(lock)) != wanted and time.monotonic() < deadline:
+        time.sleep(SHARED_SECONDS / 100)
+    line = f"{run_dir} is not what rank 0 sees; put it on a shared disk"
+    _require_none(comm, comm.gather_objects([] if found == wanted else [line]))
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text() if path.is_file() else None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the most demanding stage of a run needs at least, in bytes.
+
+    Attributes:
+        memory: of a rank at all times: without activations and buffers; 0 where not known.
+        checkpoint: of one checkpoint on disk.
+    """
+
+    memory: int
+    checkpoint: int
+
+
+def needs(context: Context) -> Needs:
+    """By arithmetic from the model's config and the size of C."""
+    found = [_stage_needs(context, stage) for stage in context.recipe.stages]
+    return Needs(max(n.memory for n in found), max(n.checkpoint for n in found))
+
+
+def _stage_needs(context: Context, stage: Stage) -> Needs:
+    """Float32 values and two moments of all that is trained; in memory its gradient and copies."""
+    trained, ranks = _trained(context, stage), context.comm.size
+    if isinstance(stage, Translate):
+        return Needs(memory=16 * trained // ranks, checkpoint=CHECKPOINT_BYTES * trained)
+    zero = context.deepspeed.get("zero_optimization", {})
+    known = zero.get("stage") == 3 and not {"offload_optimizer", "offload_param"} & zero.keys()
+    weights = 2 + 2 if context.recipe.model.dtype == "bfloat16" else 4
+    memory = (12 + weights) * trained // ranks if known else 0
+    return Needs(memory, checkpoint=CHECKPOINT_BYTES * trained)
+
+
+def _trained(context: Context, stage: Stage) -> int:
+    """How many numbers a stage trains: entries of C, or weights of the model in new tokens."""
+    vocab_size, settings = context.train.metadata["vocab_size"], context.recipe.model
+    if settings.config is not None:
+        vocabulary = {"vocab_size": vocab_size, **context.special_ids}
+        return count_weights(random_lm_config(settings, vocabulary))
+    weights = WeightFiles(local_folder(settings))
+    if isinstance(stage, Translate):
+        rows = len(source_rows(stage, weights)[0])
+        return rows * vocab_size * (1 if stage.plans == "shared" else 2)
+    config = deepcopy(weights.config)
+    if stage.init != "source":
+        config.update({"vocab_size": vocab_size, "tie_word_embeddings": False})
+    return count_weights(config)
+
+
+def _disk_problems(context: Context, checkpoint: int) -> list[str]:
+    """Room for two checkpoints, of which those that are there already count."""
+    place = next(p for p in (context.run_dir, *context.run_dir.parents) if p.exists())
+    held = sum(f.stat().st_size for f in context.run_dir.glob("checkpoints/*/**/*") if f.is_file())
+    need = 2 * checkpoint - held
+    free = shutil.disk_usage(place).free
+    if not os.access(place, os.W_OK):
+        return [f"{place} is not writable; choose another output_dir"]
+    if free < need:
+        return [
+            f"{place} has {free / GIB:.1f} GiB free, two checkpoints need {need / GIB:.1f} GiB; "
+            "free some or choose another output_dir"
+        ]
+    return []
+
+
+def _memory_problems(context: Context, need: int) -> list[str]:
+    if context.device.type == "cuda":
+        free, of = torch.cuda.mem_get_info(context.device)[0], "of the GPU"
+    else:
+        here = context.comm.hosts.count(context.comm.hosts[context.comm.rank])
+        free, of = psutil.virtual_memory().available // here, "for each rank"
+    if free >= need:
+        return []
+    return [
+        f"{free / GIB:.1f} GiB of memory {of} are free, weights and optimizer alone take "
+        f"{need / GIB:.1f} GiB; take more ranks, or offload (ds_configs/README.md)"
+    ]
+
+
+def _tracking_problems(uri: str) -> list[str]:
+    """A URI that MLflow cannot use. A server that does not answer is only worth a warning."""
+    parts = urlsplit(uri)
+    kind = (parts.scheme or uri).split("+")[0]
+    if kind not in MLFLOW_SCHEMES:
+        return [f"tracking.uri {uri} is none of {', '.join(MLFLOW_SCHEMES)}; correct it"]
+    if kind not in ("http", "https"):
+        return []
+    if not parts.hostname:
+        return [f"tracking.uri {uri} names no host; correct it"]
+    try:
+        _ = parts.port
+    except ValueError:
+        return [f"tracking.uri {uri} has no valid port; correct it"]
+    try:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=SERVER_SECONDS).close()
+    except (OSError, HTTPException) as error:
+        if not isinstance(error, urllib.error.HTTPError):  # which is an answer
+            _log.warning(
+                "MLflow at %s does not answer (%s); metrics are kept in the run directory until "
+                "it does",
+                uri,
+                getattr(error, "reason", error),
+            )
+    return []
+
+
+def _require_none(comm: LocalComm, problems: list[list[str]]) -> None:
+    """Raise every rank's problems, with the ranks of a host that share one in one line."""
+    ranks: dict[tuple[str, str], list[int]] = {}
+    for rank, lines in enumerate(problems):
+        for line in lines:
+            ranks.setdefault((comm.hosts[rank], line), []).append(rank)
+    if not ranks:
+        return
+    lines = []
+    for (host, line), found in ranks.items():
+        who = f"rank {found[0]}" if len(found) == 1 else f"ranks {', '.join(map(str, found))}"
+        lines.append(f"{who} on {host}: {line}")
+    raise PreflightError(lines)
