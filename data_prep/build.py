@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 from data_prep.bpe import plain_bpe
-from data_prep.outputs import already_made, describe_sources, open_partial
 from data_prep.packing import SplitPlan
+from data_prep.requests import already_made, describe_sources, open_partial
 from data_prep.sources import (
     Chunk,
     OpenFile,

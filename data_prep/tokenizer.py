@@ -8,7 +8,6 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from data_prep.outputs import already_made, describe_sources
 from data_prep.readers import (
     DEFAULT_READ,
     Document,
@@ -17,6 +16,7 @@ from data_prep.readers import (
     id_hash,
     read_documents,
 )
+from data_prep.requests import already_made, describe_sources
 from data_prep.sources import detect_format, reading_progress
 from data_prep.trainers import Algorithm, Kind, special_tokens, train
 from s2t2_dist import artifacts

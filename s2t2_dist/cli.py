@@ -237,7 +237,7 @@ def run(arguments: list[str]) -> int:
         problem = artifacts.disk_error(error, f"running s2t2 {' '.join(arguments[:2])}")
         if problem is None:
             raise
-    if not problem.everywhere or os.environ.get("RANK", "0") == "0":  # rank 0 speaks for all
+    if not problem.collective or os.environ.get("RANK", "0") == "0":  # rank 0 speaks for all
         for line in problem.lines:
             print(f"error: {line}", file=sys.stderr)
     return USER_ERROR

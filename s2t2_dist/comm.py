@@ -26,8 +26,11 @@ MOST_GATHERED = 1 << 20
 T = TypeVar("T")
 
 
-class LocalComm:
-    """A group of one rank: every collective is the identity."""
+class Comm:
+    """A group of ranks, and what they do together; as it stands, a group of one.
+
+    With one rank every collective is the identity. `GroupComm` is the same for many.
+    """
 
     rank = 0
     size = 1
@@ -59,7 +62,7 @@ class LocalComm:
         return value
 
 
-class GroupComm(LocalComm):
+class GroupComm(Comm):
     """A `torch.distributed` process group (gloo or NCCL). Every rank must make it.
 
     Args:
@@ -147,9 +150,9 @@ def _choose_interface() -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
-def world_comm(timeout: float | None = None) -> LocalComm:
-    """The `Comm` over every rank of the job; a `LocalComm` where no group was initialised."""
-    return GroupComm(timeout) if dist.is_initialized() else LocalComm()
+def world_comm(timeout: float | None = None) -> Comm:
+    """The `Comm` over every rank of the job; a `Comm` where no group was initialised."""
+    return GroupComm(timeout) if dist.is_initialized() else Comm()
 
 
 def new_group(timeout: float, ranks: Iterable[int] | None = None) -> dist.ProcessGroup:
@@ -170,7 +173,7 @@ def cut_short(error: BaseException) -> str | None:
     return "closed" if "by peer" in text or "pair closure" in text else None
 
 
-def agree(comm: LocalComm, step: Callable[[], T], doing: str) -> T:
+def agree(comm: Comm, step: Callable[[], T], doing: str) -> T:
     """Run a step that may fail on some ranks only; returns this rank's result. A collective.
 
     The step must reach every collective that it holds even where it fails: best, it holds none.
@@ -197,7 +200,7 @@ def agree(comm: LocalComm, step: Callable[[], T], doing: str) -> T:
         first = problems[failed[0]]
         where = "" if len(failed) == comm.size else f"{comm.name(failed[0])}: "
         shared = type(first)(f"{where}{first}")
-        shared.everywhere = True
+        shared.collective = True
         raise shared from problem
     return result
 

@@ -8,10 +8,10 @@ class S2T2Error(Exception):
     """Base of every error that is not a bug in this package.
 
     Attributes:
-        everywhere: every rank raises it, so that one of them is enough to print it.
+        collective: every rank raises it, so that one of them is enough to print it.
     """
 
-    everywhere = False
+    collective = False
 
     @property
     def lines(self) -> list[str]:
@@ -31,9 +31,9 @@ class ArtifactError(S2T2Error):
     """A checkpoint, translation or model folder is incomplete, altered or of another kind."""
 
 
-def everywhere(error: S2T2Error) -> S2T2Error:
+def collective(error: S2T2Error) -> S2T2Error:
     """The same error, marked as one that every rank raises."""
-    error.everywhere = True
+    error.collective = True
     return error
 
 
@@ -44,7 +44,7 @@ class PreflightError(S2T2Error):
         problems: one line each, which names the host.
     """
 
-    everywhere = True
+    collective = True
 
     def __init__(self, problems: list[str]):
         super().__init__("; ".join(problems))

@@ -7,7 +7,7 @@ import pytest
 from safetensors import SafetensorError
 
 from s2t2_dist import comm
-from s2t2_dist.comm import LocalComm, agree
+from s2t2_dist.comm import Comm, agree
 from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error
 from tests.jobs.distributed import run_ranks
 from tests.jobs.launching import free_port
@@ -22,7 +22,7 @@ def _outcome(comm, failing: list[int]) -> tuple:
         step = (lambda: fail(ConfigError("no data"))) if comm.rank in failing else (lambda: 7)
         return "result", agree(comm, step, "reading"), None
     except S2T2Error as error:
-        return type(error), str(error), error.everywhere
+        return type(error), str(error), error.collective
 
 
 def _outcomes(comm) -> list[tuple]:
@@ -49,13 +49,13 @@ def test_where_one_rank_fails_all_raise_the_same(tmp_path):
 )
 def test_what_the_disk_does_is_one_of_our_errors(error, kind, text):
     with pytest.raises(kind, match=text) as raised:
-        agree(LocalComm(), lambda: fail(error), "writing x")
-    assert raised.value.everywhere
+        agree(Comm(), lambda: fail(error), "writing x")
+    assert raised.value.collective
 
 
 def test_a_bug_stays_a_bug():
     with pytest.raises(ZeroDivisionError):
-        agree(LocalComm(), lambda: 1 / 0, "dividing")
+        agree(Comm(), lambda: 1 / 0, "dividing")
 
 
 @pytest.mark.parametrize("rank", [0, 1])

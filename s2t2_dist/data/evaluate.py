@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from s2t2_dist.comm import LocalComm
+from s2t2_dist.comm import Comm
 from s2t2_dist.data.batches import IGNORE_LABEL, Batch, load_batch
 from s2t2_dist.data.shards import ShardReader
 
@@ -61,7 +61,7 @@ def evaluate(
     reader: ShardReader,
     batch_size: int,
     device: torch.device,
-    comm: LocalComm | None = None,
+    comm: Comm | None = None,
     document_mask: bool = False,
 ) -> Evaluation:
     """Evaluate on every row of a split. A collective: every rank runs the same number of passes.
@@ -72,7 +72,7 @@ def evaluate(
         batch_size: rows per pass and rank.
         document_mask: as for `load_batch`; first tokens of documents do not count then.
     """
-    comm = comm or LocalComm()
+    comm = comm or Comm()
     sums = torch.zeros(3, dtype=torch.float64)
     per_pass = batch_size * comm.size
     for start in range(0, len(reader), per_pass):
@@ -95,7 +95,7 @@ def gives_finite_logits(
     reader: ShardReader,
     batch_size: int,
     device: torch.device,
-    comm: LocalComm,
+    comm: Comm,
 ) -> bool:
     """Whether any row of one pass over a split gets finite logits; if not, weights are lost.
 

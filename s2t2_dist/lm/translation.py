@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from s2t2_dist import artifacts
-from s2t2_dist.comm import LocalComm, agree
+from s2t2_dist.comm import Comm, agree
 from s2t2_dist.data.shards import tokenizer_sha256
 from s2t2_dist.errors import ArtifactError, DataError, S2T2Error
 from s2t2_dist.lm.folder import fold
@@ -93,7 +93,7 @@ class Translation:
 
 def save_translation(
     directory: Path,
-    comm: LocalComm,
+    comm: Comm,
     *,
     plans: dict[str, list[torch.Tensor]],
     source_token_ids: torch.Tensor,
@@ -148,7 +148,7 @@ def save_translation(
 def _write_together(
     directory: Path,
     temporary: Path,
-    comm: LocalComm,
+    comm: Comm,
     record: dict,
     part: dict[str, torch.Tensor],
     shared: dict[str, torch.Tensor],

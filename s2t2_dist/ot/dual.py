@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from s2t2_dist.comm import LocalComm
+from s2t2_dist.comm import Comm
 from s2t2_dist.ot.native import library
 from s2t2_dist.ot.simplex import NewtonSearch, below, newton_step
 from s2t2_dist.ot.tiles import FUSED, Passes, tiles
@@ -61,7 +61,7 @@ class Dual:
         cost_VU: torch.Tensor,
         mu_V: torch.Tensor,
         nu_U: torch.Tensor,
-        comm: LocalComm,
+        comm: Comm,
         *,
         iterations: int,
         tolerance: float | None = None,

@@ -17,7 +17,7 @@ Shapes: V rows of this rank, U columns; in a pass, V is the height of a tile.
 
 import torch
 
-from s2t2_dist.comm import LocalComm
+from s2t2_dist.comm import Comm
 from s2t2_dist.errors import ConfigError
 from s2t2_dist.ot.native import library
 from s2t2_dist.ot.native.passes import MOST_ITERATIONS, NativePasses
@@ -51,7 +51,7 @@ class Dykstra:
         cost_VU: torch.Tensor,
         mu_V: torch.Tensor,
         nu_U: torch.Tensor,
-        comm: LocalComm,
+        comm: Comm,
         *,
         iterations: int,
         start: tuple[torch.Tensor, torch.Tensor] | None = None,

@@ -10,7 +10,7 @@ Only the potentials are stored. Shapes: V rows of this rank, U columns.
 
 import torch
 
-from s2t2_dist.comm import LocalComm
+from s2t2_dist.comm import Comm
 from s2t2_dist.ot.tiles import tiles
 
 
@@ -31,7 +31,7 @@ class Entropic:
         cost_VU: torch.Tensor,
         mu_V: torch.Tensor,
         nu_U: torch.Tensor,
-        comm: LocalComm,
+        comm: Comm,
         *,
         iterations: int,
     ):

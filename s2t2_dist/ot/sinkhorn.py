@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch.autograd.function import once_differentiable
 
-from s2t2_dist.comm import LocalComm
+from s2t2_dist.comm import Comm
 from s2t2_dist.errors import ConfigError, DataError
 from s2t2_dist.ot.dual import Dual
 from s2t2_dist.ot.dykstra import Dykstra
@@ -62,7 +62,7 @@ def sparse_sinkhorn(
     target_marginal_U: torch.Tensor,
     iterations: int = 3,
     method: str = "dykstra",
-    comm: LocalComm | None = None,
+    comm: Comm | None = None,
     *,
     tolerance: float | None = None,
     backend: str = "auto",
@@ -95,7 +95,7 @@ def sparse_sinkhorn(
         DataError: shapes that do not fit, entries that are not finite, a marginal that is negative
             or holds no mass, or row and column sums of different totals. Every rank raises it.
     """
-    comm = comm or LocalComm()
+    comm = comm or Comm()
     check_method(method, iterations, tolerance)
     mu = source_marginal_V.to(cost_VU.device, torch.float64)
     nu = target_marginal_U.to(cost_VU.device, torch.float64)
@@ -122,7 +122,7 @@ def solve(
     cost_VU: torch.Tensor,
     mu_V: torch.Tensor,
     nu_U: torch.Tensor,
-    comm: LocalComm,
+    comm: Comm,
     *,
     method: str,
     iterations: int,
@@ -171,7 +171,7 @@ class PlanSums:
         # Where p is 0 any number does for its logarithm; that of 0 itself is slow.
         self.log_sum += p.clamp_min(torch.finfo(p.dtype).tiny).log_().mul_(p).sum()
 
-    def reduce(self, comm: LocalComm) -> tuple[float, float, float, float]:
+    def reduce(self, comm: Comm) -> tuple[float, float, float, float]:
         """row_error, col_error, support and the sum of p log p, over all ranks (one collective)."""
         row_errors = torch.zeros(comm.size, dtype=torch.float64, device=self.nu.device)
         row_errors[comm.rank] = self.row_error
@@ -192,7 +192,7 @@ def check_method(method: str, iterations: int, tolerance: float | None) -> None:
         raise ConfigError(f"a tolerance is for the method dual; {method} takes its iterations")
 
 
-def check_cost(cost_VU: torch.Tensor, comm: LocalComm) -> None:
+def check_cost(cost_VU: torch.Tensor, comm: Comm) -> None:
     """Raise a DataError, on every rank, unless the rows of all ranks can be solved for."""
     if cost_VU.dtype not in (torch.float32, torch.float64):
         raise DataError(f"cost is {cost_VU.dtype}; thresholds need float32 or float64")
@@ -201,7 +201,7 @@ def check_cost(cost_VU: torch.Tensor, comm: LocalComm) -> None:
         raise DataError(f"cost {NOT_FINITE}; is the learning rate too high?")
 
 
-def check_marginals(shape: torch.Size, mu: torch.Tensor, nu: torch.Tensor, comm: LocalComm) -> None:
+def check_marginals(shape: torch.Size, mu: torch.Tensor, nu: torch.Tensor, comm: Comm) -> None:
     """Raise a DataError, on every rank, unless the marginals fit a cost of this rank's shape."""
     if len(shape) != 2 or tuple(shape) != (*mu.shape, *nu.shape):
         found = f"{tuple(shape)}, {tuple(mu.shape)} and {tuple(nu.shape)}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from s2t2_dist.comm import LocalComm
+from s2t2_dist.comm import Comm
 from s2t2_dist.errors import ConfigError
 from s2t2_dist.ot.sinkhorn import check_marginals
 from s2t2_dist.ot.transport import Solved, Transport
@@ -87,13 +87,13 @@ class Translator:
         embed_scale: str = "paper",
         units: str = "row_mass",
         plans: str = "shared",
-        comm: LocalComm | None = None,
+        comm: Comm | None = None,
     ):
         _check_choice("method", method, METHODS)
         _check_choice("embed_scale", embed_scale, ("paper", "convex"))
         _check_choice("units", units, ("row_mass", "literal"))
         _check_choice("plans", plans, ("shared", "separate"))
-        self.comm = comm or LocalComm()
+        self.comm = comm or Comm()
         device = embed_VD.device
         mu = source_marginal_V.to(device, torch.float64)
         nu = target_marginal_U.to(device, torch.float64)

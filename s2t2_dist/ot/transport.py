@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from s2t2_dist.comm import LocalComm
+from s2t2_dist.comm import Comm
 from s2t2_dist.ot.products import add_product, is_sparse, product_grad, to_csr
 from s2t2_dist.ot.sinkhorn import PlanSums, Solution, Thresholds, check_cost, solve
 from s2t2_dist.ot.tiles import new_matrix, tiles
@@ -57,7 +57,7 @@ class Transport:
         nu_U: torch.Tensor,
         rows: int,
         mass: float,
-        comm: LocalComm,
+        comm: Comm,
         *,
         method: str,
         iterations: int,

@@ -19,8 +19,8 @@ from typing import TypeVar
 from safetensors import SafetensorError
 
 from s2t2_dist import artifacts
-from s2t2_dist.comm import LocalComm, agree
-from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error, everywhere
+from s2t2_dist.comm import Comm, agree
+from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error, collective
 
 # Of each number that a stage trains: its float32 value and two moments. DeepSpeed's files of a
 # bfloat16 model hold the float32 weights alone.
@@ -47,7 +47,7 @@ def save(
     run_dir: Path,
     position: Position,
     write: Callable[[Path], None],
-    comm: LocalComm,
+    comm: Comm,
     keep: int,
     keep_steps: int | None = None,
 ) -> None:
@@ -97,7 +97,7 @@ def save(
         raise
 
 
-def find(run_dir: Path, comm: LocalComm, path: Path | None = None) -> tuple[Path, Position] | None:
+def find(run_dir: Path, comm: Comm, path: Path | None = None) -> tuple[Path, Position] | None:
     """The checkpoint to resume from, its every file checked; None in a new run. A collective.
 
     The ranks share the hashing. Damaged checkpoints that are newer are set aside as
@@ -132,12 +132,12 @@ def find(run_dir: Path, comm: LocalComm, path: Path | None = None) -> tuple[Path
         problems = "; ".join(damaged.values())
         if path is None:
             problems = f"no checkpoint to resume from: {problems}; bring one back, or remove all"
-        raise everywhere(ArtifactError(problems))
+        raise collective(ArtifactError(problems))
     agree(comm, lambda: _set_aside(damaged, found, comm.rank), "setting a checkpoint aside")
     return found, _position(found)
 
 
-def _problem(path: Path, comm: LocalComm) -> str | None:
+def _problem(path: Path, comm: Comm) -> str | None:
     """What is wrong with a checkpoint, the same on every rank. A collective."""
     problem = None
     try:

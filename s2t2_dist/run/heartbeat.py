@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
-from s2t2_dist.comm import LocalComm, agree, cut_short
+from s2t2_dist.comm import Comm, agree, cut_short
 from s2t2_dist.errors import S2T2Error
 
 EXIT_LOST = 4
@@ -31,7 +31,7 @@ GRACE_SECONDS = 3.0  # for the cause of an error to be known before the error is
 
 @contextmanager
 def watched(
-    comm: LocalComm, timeout: float, on_lost: Callable[[str], None]
+    comm: Comm, timeout: float, on_lost: Callable[[str], None]
 ) -> Iterator[Callable[[BaseException], None]]:
     """Watch the other ranks while the block runs. A collective; nothing to watch with one rank.
 
@@ -59,7 +59,7 @@ def watched(
     except Exception as error:
         heart.await_cause(error)
         if isinstance(error, S2T2Error):
-            what = None if error.everywhere else f"stopped: {error}"
+            what = None if error.collective else f"stopped: {error}"
         else:
             what = f"failed: {type(error).__name__}: {error}"
         heart.close(what)
@@ -112,7 +112,7 @@ class _Heart:
 
     def __init__(
         self,
-        comm: LocalComm,
+        comm: Comm,
         peers: list[_Peer],
         timeout: float,
         on_lost: Callable[[str], None],
@@ -127,7 +127,7 @@ class _Heart:
 
     def await_cause(self, error: BaseException) -> None:
         """Return after a moment in which the loss of another rank would have ended this process."""
-        if error is self.awaited or (isinstance(error, S2T2Error) and error.everywhere):
+        if error is self.awaited or (isinstance(error, S2T2Error) and error.collective):
             return
         self.awaited = error
         if how := cut_short(error):
@@ -225,7 +225,7 @@ class _Heart:
         os._exit(EXIT_LOST)
 
 
-def _connect(comm: LocalComm) -> list[_Peer]:
+def _connect(comm: Comm) -> list[_Peer]:
     """Every rank's connections. The key keeps strangers out who happen upon the port."""
     listener, invitation = None, None
     if comm.rank == 0:

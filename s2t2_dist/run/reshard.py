@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from s2t2_dist.comm import LocalComm, agree
+from s2t2_dist.comm import Comm, agree
 from s2t2_dist.errors import S2T2Error
 from s2t2_dist.run.checkpoint import CONVERTED
 
@@ -27,7 +27,7 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_POR
 
 
 @contextmanager
-def converted(checkpoint: Path, comm: LocalComm) -> Iterator[Path]:
+def converted(checkpoint: Path, comm: Comm) -> Iterator[Path]:
     """A universal copy of a checkpoint beside it, removed at the end. A collective.
 
     Rank 0 converts. The others wait in short collectives, so that their timeout does not limit
@@ -84,7 +84,7 @@ def _end(process: subprocess.Popen) -> None:
         process.wait()
 
 
-def _running(process: subprocess.Popen | None, comm: LocalComm) -> bool:
+def _running(process: subprocess.Popen | None, comm: Comm) -> bool:
     return any(comm.gather_objects(process is not None and process.poll() is None))
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from s2t2_dist.comm import LocalComm
+from s2t2_dist.comm import Comm
 from s2t2_dist.config import Recipe
 from s2t2_dist.data.batches import Batch
 from s2t2_dist.data.shards import ShardReader
@@ -22,7 +22,7 @@ class Context:
 
     recipe: Recipe
     run_dir: Path
-    comm: LocalComm
+    comm: Comm
     device: torch.device
     deepspeed: dict  # the DeepSpeed JSON
     train: ShardReader

@@ -12,7 +12,7 @@ from s2t2_dist.comm import agree
 from s2t2_dist.config import Finetune, Pretrain, Stage, Translate
 from s2t2_dist.data.batches import Batch
 from s2t2_dist.data.evaluate import sum_of_nats
-from s2t2_dist.errors import ConfigError, everywhere
+from s2t2_dist.errors import ConfigError, collective
 from s2t2_dist.lm import engine
 from s2t2_dist.lm.folder import fold, local_folder, save_random_lm
 from s2t2_dist.lm.load import load_lm
@@ -104,7 +104,7 @@ class WeightStage:
             return
         zero = self.context.deepspeed.get("zero_optimization", {}).get("stage", 0)
         if zero != 3:
-            raise everywhere(
+            raise collective(
                 ConfigError(
                     f"{directory} was written by {world_size} ranks under ZeRO {zero}, which only "
                     f"as many can load: start with {world_size} (ZeRO 3 resumes with any number)"

@@ -70,7 +70,7 @@ def run(recipe: Recipe, resume: str = "auto") -> int:
         with heartbeat.watched(world, recipe.heartbeat_timeout, record) as await_cause:
             code = _run_job(recipe, resume, world, device, await_cause, parent)
     except S2T2Error as error:
-        if error.everywhere:  # else the other ranks may still be waiting in a collective
+        if error.collective:  # else the other ranks may still be waiting in a collective
             comm.destroy()
         raise
     comm.destroy()
@@ -80,7 +80,7 @@ def run(recipe: Recipe, resume: str = "auto") -> int:
 def _run_job(
     recipe: Recipe,
     resume: str,
-    world: comm.LocalComm,
+    world: comm.Comm,
     device: torch.device,
     await_cause: Callable[[BaseException], None],
     parent: int,
@@ -99,7 +99,7 @@ def _run_job(
         return EXIT_DONE
 
 
-def _open_inputs(recipe: Recipe, world: comm.LocalComm, device: torch.device) -> Context:
+def _open_inputs(recipe: Recipe, world: comm.Comm, device: torch.device) -> Context:
     """Check and open what a run reads, before anything is written."""
     data = recipe.data
     train = ShardReader(data.path, "train", data.verify)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from s2t2_dist.config import Stage
 from s2t2_dist.data.evaluate import gives_finite_logits
-from s2t2_dist.errors import S2T2Error, everywhere
+from s2t2_dist.errors import S2T2Error, collective
 from s2t2_dist.run import checkpoint
 from s2t2_dist.training.context import Context, StageRunner
 
@@ -48,7 +48,7 @@ class SkippedSteps:
             f"in {checkpoint.list_checkpoints(run_dir)[0]}: start again to go on with other rows, "
             "or lower the learning rate in a new output_dir"
         )
-        raise everywhere(S2T2Error(message))
+        raise collective(S2T2Error(message))
 
 
 def require_sound(runner: StageRunner, context: Context, stage: Stage, step: int) -> None:
@@ -70,4 +70,4 @@ def require_sound(runner: StageRunner, context: Context, stage: Stage, step: int
         f"stage {stage.name}: after step {step} the weights give no finite output for any row, so "
         f"they are not saved; {last}; lower the learning rate in a new output_dir"
     )
-    raise everywhere(S2T2Error(message))
+    raise collective(S2T2Error(message))

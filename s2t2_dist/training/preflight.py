@@ -23,7 +23,7 @@ import psutil
 import torch
 
 from s2t2_dist import artifacts
-from s2t2_dist.comm import LocalComm
+from s2t2_dist.comm import Comm
 from s2t2_dist.config import Recipe, Stage, Translate, changed_keys, recipe_values
 from s2t2_dist.errors import PreflightError
 from s2t2_dist.lm.folder import WeightFiles, count_weights, local_folder, random_lm_config
@@ -43,7 +43,7 @@ GIB = 2**30
 _log = logging.getLogger(__name__)
 
 
-def check_agreement(recipe: Recipe, comm: LocalComm) -> None:
+def check_agreement(recipe: Recipe, comm: Comm) -> None:
     """Every rank runs the same packages on the same recipe and data as rank 0.
 
     Raises:
@@ -110,7 +110,7 @@ def check_room(context: Context) -> None:
     _require_none(context.comm, context.comm.gather_objects(problems))
 
 
-def check_shared(run_dir: Path, comm: LocalComm) -> None:
+def check_shared(run_dir: Path, comm: Comm) -> None:
     """Every rank sees the run directory that rank 0 has just claimed.
 
     Raises:
@@ -233,7 +233,7 @@ def _tracking_problems(uri: str) -> list[str]:
     return []
 
 
-def _require_none(comm: LocalComm, problems: list[list[str]]) -> None:
+def _require_none(comm: Comm, problems: list[list[str]]) -> None:
     """Raise every rank's problems, with the ranks of a host that share one in one line."""
     ranks: dict[tuple[str, str], list[int]] = {}
     for rank, lines in enumerate(problems):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from s2t2_dist.comm import LocalComm
+from s2t2_dist.comm import Comm
 from s2t2_dist.ot import sparse_sinkhorn
 from s2t2_dist.ot.tiles import new_matrix
 from tests.bench import baselines, measure
@@ -125,7 +125,7 @@ def column_evaluations(case: Case) -> int:
     return comm.evaluations
 
 
-class _Counting(LocalComm):
+class _Counting(Comm):
     def __init__(self, columns: int):
         self.columns, self.evaluations = columns, 0
 

@@ -14,7 +14,7 @@ from typing import Annotated
 import torch
 import typer
 
-from s2t2_dist.comm import LocalComm
+from s2t2_dist.comm import Comm
 from s2t2_dist.ot import project_simplex
 from s2t2_dist.ot.dual import Dual
 
@@ -42,7 +42,7 @@ def dual_errors(cost_VU, mu, nu) -> Iterator[float]:
     """After each iteration of the dual method."""
     state = None
     while True:
-        dual = Dual(cost_VU, mu, nu, LocalComm(), iterations=1, start=state)
+        dual = Dual(cost_VU, mu, nu, Comm(), iterations=1, start=state)
         state = dual.state
         yield row_error(dual.plan(slice(None)), mu)
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from s2t2_dist.comm import LocalComm
+from s2t2_dist.comm import Comm
 from s2t2_dist.config import load_recipe
 from s2t2_dist.data.shards import ShardReader
 from s2t2_dist.lm import engine
@@ -121,7 +121,7 @@ def test_the_disk_that_preflight_asks_for_is_what_checkpoints_take(workspace, un
         context = Context(
             recipe=recipe,
             run_dir=uninterrupted,
-            comm=LocalComm(),
+            comm=Comm(),
             device=torch.device("cpu"),
             deepspeed=engine.load_settings(recipe.deepspeed),
             train=ShardReader(recipe.data.path, "train"),

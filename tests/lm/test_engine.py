@@ -128,7 +128,7 @@ def _save_where_one_rank_fails(comm, run_dir) -> tuple[str, bool, int]:
         path, position = checkpoint.find(run_dir, comm)
         trained.load(path)
         trained.close()
-        return str(error), error.everywhere, position.step
+        return str(error), error.collective, position.step
     return "no error", False, 0
 
 

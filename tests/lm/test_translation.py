@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from s2t2_dist import artifacts, load_translation
-from s2t2_dist.comm import LocalComm
+from s2t2_dist.comm import Comm
 from s2t2_dist.errors import ArtifactError
 from s2t2_dist.ot import Translator
 from tests.jobs.distributed import run_ranks
@@ -27,7 +27,7 @@ def reseal(directory):
 def test_round_trip(size, plans, tmp_path):
     target, options = tmp_path / "runs" / "translation", {**PAPER, "plans": plans}
     if size == 1:
-        errors = [write_translation(LocalComm(), target, options)]
+        errors = [write_translation(Comm(), target, options)]
     else:
         errors = run_ranks(write_translation, size, tmp_path, target, options)
     assert errors == [None] * size
@@ -57,7 +57,7 @@ def test_embed_and_head_equal_the_translators(embed_scale, plans, tmp_path):
     """
     found, ids, mu, nu = translation_parts(plans)
     options = {"embed_scale": embed_scale, "plans": plans}
-    write_translation(LocalComm(), tmp_path / "t", options)
+    write_translation(Comm(), tmp_path / "t", options)
     loaded = load_translation(tmp_path / "t")
     random = torch.manual_seed(0)
     embed, head = (torch.randn(64, 16, generator=random).bfloat16() for _ in range(2))
@@ -77,7 +77,7 @@ def test_embed_and_head_equal_the_translators(embed_scale, plans, tmp_path):
 
 def test_identity_plan_reproduces_the_source(tmp_path):
     weights = torch.randn(60, 4, generator=torch.manual_seed(1))
-    write_translation(LocalComm(), tmp_path / "t", PAPER)
+    write_translation(Comm(), tmp_path / "t", PAPER)
     loaded = load_translation(tmp_path / "t")
     identity = torch.eye(30).div(30).to_sparse()
     uniform = torch.full((30,), 1 / 30, dtype=torch.float64)
@@ -90,7 +90,7 @@ def test_identity_plan_reproduces_the_source(tmp_path):
 
 
 def test_refuses_a_matrix_of_another_vocabulary(tmp_path):
-    write_translation(LocalComm(), tmp_path / "t", PAPER)
+    write_translation(Comm(), tmp_path / "t", PAPER)
     with pytest.raises(ArtifactError, match="needs 59 rows or more"):
         load_translation(tmp_path / "t").head(torch.zeros(40, 4))
 
@@ -108,7 +108,7 @@ def test_never_overwrites(tmp_path):
 def test_a_failed_write_leaves_nothing(tmp_path):
     blocker = tmp_path / "file"
     blocker.write_text("not a directory")
-    error = write_translation(LocalComm(), blocker / "translation", PAPER)
+    error = write_translation(Comm(), blocker / "translation", PAPER)
     assert "file" in error
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -117,7 +117,7 @@ def test_refuses_an_unfinished_or_altered_translation(tmp_path):
     target = tmp_path / "t"
     with pytest.raises(ArtifactError, match="missing"):
         load_translation(target)
-    write_translation(LocalComm(), target, PAPER)
+    write_translation(Comm(), target, PAPER)
     part = target / "plan-00000-of-00001.safetensors"
     content = bytearray(part.read_bytes())
     content[-1] ^= 1
@@ -141,7 +141,7 @@ def test_refuses_an_unfinished_or_altered_translation(tmp_path):
     ],
 )
 def test_refuses_a_wrong_record(change, message, tmp_path):
-    write_translation(LocalComm(), tmp_path / "t", PAPER)
+    write_translation(Comm(), tmp_path / "t", PAPER)
     record = tmp_path / "t" / "translation.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | change))
     reseal(tmp_path / "t")
@@ -151,7 +151,7 @@ def test_refuses_a_wrong_record(change, message, tmp_path):
 
 def test_reads_format_1(tmp_path):
     """One plan, its tensors without a name."""
-    write_translation(LocalComm(), tmp_path / "t", PAPER)
+    write_translation(Comm(), tmp_path / "t", PAPER)
     part = tmp_path / "t" / "plan-00000-of-00001.safetensors"
     old = {key.removeprefix("plan."): tensor for key, tensor in load_file(part).items()}
     assert {"indptr", "indices", "values"} <= old.keys()

@@ -4,7 +4,7 @@ import ot
 import pytest
 import torch
 
-from s2t2_dist.comm import LocalComm
+from s2t2_dist.comm import Comm
 from s2t2_dist.ot import sparse_sinkhorn
 from s2t2_dist.ot.simplex import NewtonSearch
 from tests.bench import row_errors
@@ -306,7 +306,7 @@ def test_counts_collectives_and_sends_only_columns_that_change(monkeypatch):
 def test_sharded_rows_equal_one_rank(size, tmp_path):
     """Uneven rows, and with three ranks one that has none."""
     ranks = run_ranks(solve_cases, size, tmp_path)
-    for i, (plan, grad, iterations, calls) in enumerate(solve_cases(LocalComm())):
+    for i, (plan, grad, iterations, calls) in enumerate(solve_cases(Comm())):
         *_, U, tolerance = CASES[i]
         assert_near(torch.cat([rank[i][0] for rank in ranks]), plan, SHARDED)
         assert_near(torch.cat([rank[i][1] for rank in ranks]), grad, SHARDED)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from s2t2_dist.comm import LocalComm
+from s2t2_dist.comm import Comm
 from s2t2_dist.errors import ConfigError
 from s2t2_dist.ot import products
 from s2t2_dist.ot.dual import Dual
@@ -30,7 +30,7 @@ def fresh(monkeypatch, tmp_path):
 def solve(dtype=torch.float64, iterations=3, **options):
     mu, nu, _ = make_marginals("row mass", 40, 16)
     cost = make_cost("random", 40, 16).detach().to(dtype)
-    return Dykstra(cost, mu, nu, LocalComm(), iterations=iterations, **options)
+    return Dykstra(cost, mu, nu, Comm(), iterations=iterations, **options)
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_equals_the_passes_in_torch(iterations, shape):
     upstream = torch.randn(shape, generator=torch.manual_seed(1), dtype=torch.float64)
     found = []
     for backend in ("native", "eager"):
-        problem = (cost, mu, nu, LocalComm())
+        problem = (cost, mu, nu, Comm())
         solution = Dykstra(*problem, iterations=iterations, backend=backend)
         grad, apart = upstream.clone(), torch.full_like(upstream, torch.nan)
         solution.backward(upstream, apart)
@@ -105,7 +105,7 @@ def test_the_number_of_threads_changes_no_bit(solver):
     try:
         for count in (1, 2, 3, 64):
             torch.set_num_threads(count)
-            solution = solver(cost, mu, nu, LocalComm(), iterations=3, backend="native")
+            solution = solver(cost, mu, nu, Comm(), iterations=3, backend="native")
             grad = torch.ones_like(cost).tril()
             if solver is Dykstra:  # the gradient of the dual is a linear system, solved in torch
                 solution.backward(grad, grad)
@@ -124,9 +124,7 @@ def test_a_cost_that_is_not_contiguous():
     cost = make_cost("random", 40, 16).detach()
     scattered = cost.T.contiguous().T
     assert not scattered.is_contiguous()
-    plans = [
-        Dykstra(c, mu, nu, LocalComm(), iterations=3).plan(slice(3, 20)) for c in (cost, scattered)
-    ]
+    plans = [Dykstra(c, mu, nu, Comm(), iterations=3).plan(slice(3, 20)) for c in (cost, scattered)]
     assert torch.equal(*plans)
 
 

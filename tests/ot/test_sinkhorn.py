@@ -5,7 +5,7 @@ import ot
 import pytest
 import torch
 
-from s2t2_dist.comm import LocalComm
+from s2t2_dist.comm import Comm
 from s2t2_dist.errors import ConfigError, DataError
 from s2t2_dist.ot import sparse_sinkhorn
 from s2t2_dist.ot.dykstra import Dykstra
@@ -157,7 +157,7 @@ def test_limits_equal_pot():
     assert_near(dense.plan, torch.from_numpy(entropic), VALUE)
 
 
-class CountingComm(LocalComm):
+class CountingComm(Comm):
     def __init__(self):
         self.calls = []
 
@@ -201,7 +201,7 @@ def test_nothing_of_the_size_of_the_cost_is_kept_for_backward(method):
     mu, nu, _ = make_marginals("row mass", 400, 300)
     cost = make_cost("random", 400, 300).detach()
     before = {id(found) for found in tensors_alive()}
-    solution = solve(cost, mu, nu, LocalComm(), method=method, iterations=3)
+    solution = solve(cost, mu, nu, Comm(), method=method, iterations=3)
     kept = [found for found in tensors_alive() if id(found) not in before]
     others = [t for t in kept if t.untyped_storage().data_ptr() != cost.data_ptr()]
     assert solution and 0 < sum(t.numel() for t in others) < cost.numel() / 10
@@ -215,7 +215,7 @@ def test_a_warm_start_finds_the_same_plan_in_fewer_steps(backend, dtype):
     cost = make_cost("random", 300, 40).detach().to(dtype)
     step = 0.01 * make_cost("random", 300, 40, seed=1).detach().to(dtype)
     counts, plans = [], []
-    former = Dykstra(cost, mu, nu, LocalComm(), iterations=3, backend=backend)
+    former = Dykstra(cost, mu, nu, Comm(), iterations=3, backend=backend)
     for start in (None, former.state):
         comm = CountingComm()
         options = {"iterations": 3, "backend": backend, "start": start}
@@ -229,7 +229,7 @@ def test_a_warm_start_finds_the_same_plan_in_fewer_steps(backend, dtype):
     assert counts[1] < counts[0]
     # A start that is nowhere near is no worse than none.
     far = tuple(torch.full_like(part, 1e3) for part in former.state)
-    again = Dykstra(cost + step, mu, nu, LocalComm(), iterations=3, backend=backend, start=far)
+    again = Dykstra(cost + step, mu, nu, Comm(), iterations=3, backend=backend, start=far)
     assert_near(again.plan(slice(0, 300)), plans[0], rounding)
 
 
@@ -281,9 +281,9 @@ def test_sharded_rows_equal_one_rank(size, tmp_path):
     # A bad entry on one rank is refused on all of them: none is left waiting.
     assert all("NaN" in refused for refused in refusals)
     assert size < 3 or not len(singles[1][0])  # a rank without a row
-    for found, expected in zip(zip(*singles, strict=True), solve_single(LocalComm()), strict=True):
+    for found, expected in zip(zip(*singles, strict=True), solve_single(Comm()), strict=True):
         assert_near(torch.cat(found), expected, SHARDED_SINGLE)
-    for i, (plan, grad, numbers) in enumerate(solve_cases(LocalComm())):
+    for i, (plan, grad, numbers) in enumerate(solve_cases(Comm())):
         assert_near(torch.cat([rank[i][0] for rank in ranks]), plan, SHARDED)
         assert_near(torch.cat([rank[i][1] for rank in ranks]), grad, SHARDED)
         for rank in ranks:

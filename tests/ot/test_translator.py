@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from s2t2_dist.comm import LocalComm
+from s2t2_dist.comm import Comm
 from s2t2_dist.errors import ConfigError
 from s2t2_dist.ot import Translator, products, row_range
 from tests.jobs.distributed import run_ranks
@@ -51,7 +51,7 @@ def dense_formula(settings, alpha, ranks):
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(settings.values()))
 def test_equals_dense_autograd(settings):
-    found = translate_rows(LocalComm(), 2, settings, alpha=0.1)
+    found = translate_rows(Comm(), 2, settings, alpha=0.1)
     expected = dense_formula(settings, 0.1, 2)
     scale = expected["grad"].abs().max()
     for name in ("embed", "head", "plan"):
@@ -66,7 +66,7 @@ def test_equals_dense_autograd(settings):
 def test_sharded_equals_local(size, tmp_path):
     # Two losses: on one rank they add up, on three ranks one rank has none.
     for settings in [SETTINGS[0], SETTINGS[5], SETTINGS[-1]] if size == 2 else SETTINGS[:1]:
-        local = translate_rows(LocalComm(), 2, settings)
+        local = translate_rows(Comm(), 2, settings)
         ranks = run_ranks(translate_rows, size, tmp_path, 2, settings)
         scale = local["grad"].abs().max()
         for name in ("embed", "head"):
@@ -84,7 +84,7 @@ def test_sharded_equals_local(size, tmp_path):
 @pytest.mark.parametrize("method", ["dykstra", "plain"])
 def test_units_give_the_same_translation(method):
     by_units = [
-        translate_rows(LocalComm(), 1, {"method": method, "units": units}, alpha=0.0)
+        translate_rows(Comm(), 1, {"method": method, "units": units}, alpha=0.0)
         for units in ("row_mass", "literal")
     ]
     for name in ("embed", "head", "plan"):

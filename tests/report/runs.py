@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from s2t2_dist import artifacts
-from s2t2_dist.comm import LocalComm
+from s2t2_dist.comm import Comm
 from s2t2_dist.config import Recipe, recipe_values
 from s2t2_dist.data.evaluate import Evaluation, evaluate
 from s2t2_dist.data.shards import ShardReader, tokenizer_sha256
@@ -81,7 +81,7 @@ def write_plan(
     metadata = ShardReader(recipe.data.path, "train").metadata
     save_translation(
         recipe.output_dir / "translation",
-        LocalComm(),
+        Comm(),
         plans={name: csr_tiles(dense) for name, dense in plans.items()},
         source_token_ids=torch.arange(rows),
         source_marginal=torch.full((rows,), 1 / rows),

@@ -3,7 +3,7 @@
 import pytest
 
 from s2t2_dist import artifacts
-from s2t2_dist.comm import LocalComm
+from s2t2_dist.comm import Comm
 from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error
 from s2t2_dist.run import checkpoint
 from tests.jobs.distributed import run_ranks
@@ -14,22 +14,20 @@ def position(stage_index: int, stage: str, step: int) -> checkpoint.Position:
 
 
 def save(run_dir, where, text="state", keep=9):
-    checkpoint.save(
-        run_dir, where, lambda d: (d / "state").write_text(text) and None, LocalComm(), keep
-    )
+    checkpoint.save(run_dir, where, lambda d: (d / "state").write_text(text) and None, Comm(), keep)
 
 
 def test_the_newest_position_is_found_across_stages(tmp_path):
     # Written out of order, and with names that sort the other way.
     for where in (position(1, "finetune", 3), position(0, "translate", 9), position(1, "a", 0)):
         save(tmp_path, where)
-    path, found = checkpoint.find(tmp_path, LocalComm())
+    path, found = checkpoint.find(tmp_path, Comm())
     assert path.name == "finetune-000003"
     assert found == position(1, "finetune", 3)
 
 
 def test_nothing_to_find(tmp_path):
-    assert checkpoint.find(tmp_path, LocalComm()) is None
+    assert checkpoint.find(tmp_path, Comm()) is None
 
 
 @pytest.mark.parametrize(
@@ -57,7 +55,7 @@ def test_a_damaged_one_is_set_aside_for_the_one_before(tmp_path, damage, caplog)
         manifest = newest / artifacts.MANIFEST
         manifest.write_text(manifest.read_text().replace('"step": 2', '"step": 3'))
     with caplog.at_level("WARNING"):
-        assert checkpoint.find(tmp_path, LocalComm())[1].step == 1
+        assert checkpoint.find(tmp_path, Comm())[1].step == 1
     (line,) = caplog.messages
     assert "resuming from translate-000001, since" in line and "translate-000002" in line
     # Retention counts what is good only: the next two saves leave themselves.
@@ -72,7 +70,7 @@ def test_where_none_is_good_nothing_starts_over_in_silence(tmp_path):
         save(tmp_path, position(0, "translate", step))
         (tmp_path / f"checkpoints/translate-00000{step}/state").write_text("other")
     with pytest.raises(ArtifactError, match=r"no checkpoint to resume from: .*2/state .*1/state"):
-        checkpoint.find(tmp_path, LocalComm())
+        checkpoint.find(tmp_path, Comm())
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
 
 
@@ -81,15 +79,13 @@ def test_asking_for_a_damaged_one_by_name_is_refused(tmp_path):
     path = tmp_path / "checkpoints/translate-000001"
     (path / "state").write_text("other")
     with pytest.raises(ArtifactError, match="translate-000001/state was altered"):
-        checkpoint.find(tmp_path, LocalComm(), path)
+        checkpoint.find(tmp_path, Comm(), path)
 
 
 def test_one_of_another_run_is_refused(tmp_path):
     save(tmp_path / "other", position(0, "translate", 1))
     with pytest.raises(ArtifactError, match="is no checkpoint of"):
-        checkpoint.find(
-            tmp_path / "run", LocalComm(), tmp_path / "other/checkpoints/translate-000001"
-        )
+        checkpoint.find(tmp_path / "run", Comm(), tmp_path / "other/checkpoints/translate-000001")
 
 
 def test_one_that_is_not_the_newest_is_refused_until_the_newer_are_gone(tmp_path):
@@ -100,10 +96,10 @@ def test_one_that_is_not_the_newest_is_refused_until_the_newer_are_gone(tmp_path
     with pytest.raises(
         ConfigError, match=r"newer checkpoints \(f-000002, translate-000008\); move"
     ):
-        checkpoint.find(tmp_path, LocalComm(), asked)
+        checkpoint.find(tmp_path, Comm(), asked)
     for name in ("f-000002", "translate-000008"):
         (checkpoints / name).rename(tmp_path / name)
-    assert checkpoint.find(tmp_path, LocalComm(), asked) == (asked, position(0, "translate", 4))
+    assert checkpoint.find(tmp_path, Comm(), asked) == (asked, position(0, "translate", 4))
 
 
 def test_old_ones_are_removed_only_after_the_new_one_is_there(tmp_path):
@@ -116,7 +112,7 @@ def test_old_ones_are_removed_only_after_the_new_one_is_there(tmp_path):
 def test_every_nth_stays_for_good(tmp_path):
     for step in range(1, 11):
         where = position(0, "translate", step)
-        checkpoint.save(tmp_path, where, lambda d: None, LocalComm(), 2, keep_steps=4)
+        checkpoint.save(tmp_path, where, lambda d: None, Comm(), 2, keep_steps=4)
     names = sorted(path.name[-2:] for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["04", "08", "09", "10"]
 
@@ -129,15 +125,15 @@ def test_a_failed_save_leaves_the_ones_before_and_one_clear_line(tmp_path):
         raise RuntimeError("[enforce fail] unexpected pos 64 vs 0")
 
     with pytest.raises(S2T2Error, match=r"translate-000002 could not be written .*MiB free"):
-        checkpoint.save(tmp_path, position(0, "translate", 2), disk_full, LocalComm(), 1)
-    assert checkpoint.find(tmp_path, LocalComm())[1].step == 1
+        checkpoint.save(tmp_path, position(0, "translate", 2), disk_full, Comm(), 1)
+    assert checkpoint.find(tmp_path, Comm())[1].step == 1
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["translate-000001"]
 
 
 def test_the_same_position_can_be_saved_again(tmp_path):
     save(tmp_path, position(0, "translate", 1), "first")
     save(tmp_path, position(0, "translate", 1), "second")
-    path, _ = checkpoint.find(tmp_path, LocalComm())
+    path, _ = checkpoint.find(tmp_path, Comm())
     assert (path / "state").read_text() == "second"
 
 
@@ -172,7 +168,7 @@ def _save_where_rank_1_fails(comm, run_dir) -> tuple[str, bool]:
     try:
         checkpoint.save(run_dir, where, write, comm, 2)
     except S2T2Error as error:
-        return str(error), error.everywhere
+        return str(error), error.collective
     return "saved", False
 
 

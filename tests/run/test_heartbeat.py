@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from s2t2_dist.comm import LocalComm
+from s2t2_dist.comm import Comm
 from s2t2_dist.run import heartbeat
 from s2t2_dist.run.heartbeat import EXIT_LOST
 from tests.jobs import launching as runs
@@ -122,7 +122,7 @@ def test_the_last_message_arrives_though_lines_are_unread(failure):
         near = listener.accept()[0]
         filler = near.send(b"\n" * 100_000)  # more than arrives before the peer reads
         far.sendall(b"{}\n")
-        heart = heartbeat._Heart(LocalComm(), [heartbeat._Peer(0, near)], 20, print)
+        heart = heartbeat._Heart(Comm(), [heartbeat._Peer(0, near)], 20, print)
         heart.failure = failure
         heart.closing.set()
         heart.thread.start()

@@ -3,7 +3,7 @@
 import psutil
 import pytest
 
-from s2t2_dist.comm import LocalComm
+from s2t2_dist.comm import Comm
 from s2t2_dist.errors import S2T2Error
 from s2t2_dist.run import reshard
 
@@ -14,7 +14,7 @@ def test_a_conversion_that_fails_is_one_line_and_leaves_nothing(tmp_path):
     message = "finetune-000001 could not be converted to another .*Error: .*; free space"
     with (
         pytest.raises(S2T2Error, match=message),
-        reshard.converted(tmp_path / "finetune-000001", LocalComm()),
+        reshard.converted(tmp_path / "finetune-000001", Comm()),
     ):
         pytest.fail("there is nothing to load")
     assert [path.name for path in tmp_path.iterdir()] == ["finetune-000001"]
@@ -30,7 +30,7 @@ def test_an_interrupted_wait_ends_the_conversion(tmp_path, monkeypatch):
     monkeypatch.setattr(reshard, "_running", interrupt)
     with (
         pytest.raises(KeyboardInterrupt),
-        reshard.converted(tmp_path / "finetune-000001", LocalComm()),
+        reshard.converted(tmp_path / "finetune-000001", Comm()),
     ):
         pytest.fail("there is nothing to load")
     assert [path.name for path in tmp_path.iterdir()] == ["finetune-000001"]

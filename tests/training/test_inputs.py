@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from s2t2_dist.comm import LocalComm
+from s2t2_dist.comm import Comm
 from s2t2_dist.config import ModelConfig, Recipe
 from s2t2_dist.data.shards import ShardReader, tokenizer_sha256
 from s2t2_dist.errors import ArtifactError, ConfigError, DataError
@@ -54,7 +54,7 @@ def context_of(model, data, stage, zero=3):
     return Context(
         recipe=recipe,
         run_dir=recipe.output_dir,
-        comm=LocalComm(),
+        comm=Comm(),
         device=torch.device("cpu"),
         deepspeed={"zero_optimization": {"stage": zero}},
         train=ShardReader(data, "train"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from s2t2_dist.comm import LocalComm
+from s2t2_dist.comm import Comm
 from s2t2_dist.data.shards import ShardReader
 from s2t2_dist.errors import PreflightError
 from s2t2_dist.lm import engine
@@ -31,7 +31,7 @@ def context(source_model, protein_data, tmp_path) -> Context:
     return Context(
         recipe=recipe,
         run_dir=recipe.output_dir,
-        comm=LocalComm(),
+        comm=Comm(),
         device=torch.device("cpu"),
         deepspeed=engine.load_settings(launching.CPU_SETTINGS),
         train=ShardReader(protein_data, "train"),
@@ -112,12 +112,12 @@ def test_a_run_directory_that_shows_late_is_waited_for(tmp_path):
 
 
 def test_ranks_of_a_host_share_a_line():
-    comm = LocalComm()
+    comm = Comm()
     comm.hosts = ["a", "b", "b", "c"]
     with pytest.raises(PreflightError) as raised:
         preflight._require_none(comm, [[], ["x", "y"], ["x"], ["x"]])
     assert raised.value.lines == ["ranks 1, 2 on b: x", "rank 1 on b: y", "rank 3 on c: x"]
-    assert raised.value.everywhere
+    assert raised.value.collective
 
 
 # Room

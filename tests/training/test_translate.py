@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from s2t2_dist import load_translation
-from s2t2_dist.comm import LocalComm
+from s2t2_dist.comm import Comm
 from s2t2_dist.config import Translate
 from s2t2_dist.data.shards import ShardReader
 from s2t2_dist.errors import ArtifactError, ConfigError, DataError
@@ -211,7 +211,7 @@ def test_tokens_without_a_row_have_no_mass(
     assert np.isfinite(learn(translator, optimizer, 5)).all()
     save_translation(
         tmp_path / "t",
-        LocalComm(),
+        Comm(),
         plans={name: t.plan_tiles() for name, t in translator.transports.items()},
         source_token_ids=ids,
         source_marginal=mu,
@@ -259,7 +259,7 @@ def test_the_gradient_holds_no_row_constant(settings):
 
 def show(stage, rank, *statistics):
     """Show these statistics, of 512 target tokens, to a stage of this rank."""
-    context = SimpleNamespace(comm=LocalComm())
+    context = SimpleNamespace(comm=Comm())
     context.comm.rank = rank
     shell = SimpleNamespace(stage=stage, warned=False, context=context, target_marginal=[1] * 512)
     for numbers in statistics:
