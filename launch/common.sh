@@ -60,9 +60,9 @@ build_extensions() {
   DS_ACCELERATOR=cpu python -c '
 import torch
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-from s2t2_dist.ot import native
+from s2t2_dist.ot.native import library
 ShareMemCommBuilder().load(verbose=True)
-native.can_call(torch.ones(1))'
+library.can_call(torch.ones(1))'
 }
 
 # install run|test [EXTRA]: the steps, without a look at what is there.
