@@ -54,14 +54,11 @@ logged() {
   printf '%d s\n' $((SECONDS - begin))
 }
 
-# DeepSpeed compiles its shared-memory operation in the first CPU run, where a second process would
-# wait for it, and for ever if the first is killed: it is compiled here instead, and so is our code.
-build_extensions() {
-  DS_ACCELERATOR=cpu python -c '
+# Every rank would compile them in the first run otherwise.
+build_passes() {
+  python -c '
 import torch
-from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from s2t2_dist.ot.native import library
-ShareMemCommBuilder().load(verbose=True)
 library.can_call(torch.ones(1))'
 }
 
@@ -85,7 +82,7 @@ install() {
     "${pip[@]}" torch numpy ninja setuptools wheel packaging psutil py-cpuinfo
   logged "install 3/4: s2t2-dist and its requirements" \
     "${pip[@]}" --no-build-isolation -e "$ROOT${2:-}"
-  logged "install 4/4: compile the extensions for a CPU" build_extensions
+  logged "install 4/4: compile the transport's passes for a CPU" build_passes
   rm -f "$UNFINISHED"
 }
 
@@ -99,8 +96,6 @@ ensure_installed() {
     if [[ $1 == test ]]; then cp "$VENV/.installed-run" "$VENV/.installed-test"; fi
   ) 9<"$ROOT"
   use_environment
-  # What a killed run left: later runs would wait for it without a word. The operation is compiled.
-  rm -f "$TORCH_EXTENSIONS_DIR"/*/lock
 }
 
 # use_environment: what every process of a run needs; values that are set already are kept.

@@ -23,7 +23,6 @@ from transformers.utils.logging import disable_progress_bar
 from s2t2_dist import comm
 from s2t2_dist.config import ModelConfig, Stage
 from s2t2_dist.errors import ConfigError
-from s2t2_dist.run import leftovers
 
 # One owner per number: the recipe owns these, so a DeepSpeed JSON must not hold them.
 RECIPE_OWNED = (
@@ -36,6 +35,7 @@ RECIPE_OWNED = (
     "bf16",
     "fp16",
 )
+SHARED_MEMORY_OP = "deepspeed_shm_comm"
 KNOWN_KEYS = (
     "zero_optimization",
     "zero_allow_untested_optimizer",
@@ -68,16 +68,14 @@ def init_distributed(timeout: float) -> torch.device:
     on_cpu = accelerator.device_name() == "cpu"
     if not on_cpu:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    elif os.environ["LOCAL_RANK"] == "0":
-        leftovers.clear_stale_lock()
     backend = "gloo" if on_cpu else accelerator.communication_backend_name()
     comm.join(backend, timeout)
+    # On a CPU DeepSpeed would compile an all-reduce for inference over shared memory, and leave its
+    # lock and its buffers behind where a rank is killed. Training never calls it.
+    deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
     deepspeed.init_distributed(backend, verbose=False)
     # The groups that DeepSpeed makes would have torch's timeout.
     deepspeed.comm.comm.cdb.new_group = partial(comm.new_group, timeout)
-    if on_cpu:
-        comm.world_comm().barrier()
-        leftovers.unlink_shared_buffer()
     return torch.device(accelerator.current_device_name())
 
 

@@ -24,7 +24,6 @@ from mlflow import MlflowClient
 
 from s2t2_dist import artifacts
 from s2t2_dist.errors import ArtifactError
-from s2t2_dist.run import leftovers
 from s2t2_dist.run.checkpoint import list_checkpoints
 from tests.conftest import make_small_inputs
 from tests.jobs import launching
@@ -228,7 +227,7 @@ class Killer:
         """Files in the home and temporary folders and in shared memory, and locks."""
         found = {str(p) for name in ("home", "tmp") for p in (self.work / name).rglob("*")}
         found |= {str(p) for p in Path("/dev/shm").iterdir() if _is_ours(p.name, self.ports)}
-        locks = {str(p) for p in EXTENSIONS.rglob("lock") if not leftovers._is_held(p)}
+        locks = {str(p) for p in EXTENSIONS.rglob("lock")}
         return found | locks
 
 

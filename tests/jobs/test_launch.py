@@ -130,14 +130,6 @@ def test_missing_tool_is_one_clear_line(checkout, environment, message):
     assert not (checkout / ".venv").exists()
 
 
-def test_lock_of_a_killed_run_is_removed(installed):
-    operation = installed / ".venv" / "torch_extensions" / "deepspeed_shm_comm"
-    operation.mkdir(parents=True)
-    (operation / "lock").touch()
-    run_bash("ensure_installed run", installed).check_returncode()
-    assert not (operation / "lock").exists()
-
-
 def test_environment_keeps_what_the_user_set(checkout):
     show = 'use_environment; echo "$DS_ACCELERATOR $OMP_NUM_THREADS ${PATH%%:*}"'
     result = run_bash(show, checkout, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="7")

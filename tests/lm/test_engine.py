@@ -2,6 +2,9 @@
 
 import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,3 +145,16 @@ def test_a_rank_that_cannot_save_leaves_nobody_in_a_barrier(tmp_path):
     assert "could not be written" in message
     assert everywhere and step == 1
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["finetune-000001"]
+
+
+@pytest.mark.slow
+def test_a_start_on_a_cpu_compiles_nothing_and_leaves_no_shared_memory(tmp_path):
+    """The shared-memory operation takes a minute, and leaves a lock where a rank is killed."""
+    before = set(Path("/dev/shm").iterdir())
+    code = "from s2t2_dist.lm import engine; engine.init_distributed(60.0); import os; os._exit(0)"
+    environment = {k: v for k, v in os.environ.items() if k != "RANK"}
+    environment |= {"TORCH_EXTENSIONS_DIR": str(tmp_path), "DS_ACCELERATOR": "cpu"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert not list(tmp_path.rglob("*"))
+    left = set(Path("/dev/shm").iterdir()) - before
+    assert not [path for path in left if path.name.startswith("deepspeed")]
