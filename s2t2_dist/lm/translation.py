@@ -3,8 +3,7 @@
 A translation is a sealed directory: one `plan-*.safetensors` per rank that wrote it (its rows of
 P as CSR, their source token ids and marginals), `target_marginal.safetensors` and
 `translation.json`. P has total mass 1. Source tokens that the plan leaves out have no row.
-Where E and L have a P each, both are there, with the same rows and marginals. Format 1, which
-knew one plan only, is still read.
+Where E and L have a P each, both are there, with the same rows and marginals.
 
 Shapes: R source tokens in use, V the source vocabulary, U the target vocabulary, D model width.
 """
@@ -194,17 +193,15 @@ def load_translation(path: str | Path) -> Translation:
     artifacts.verify(path)
     record = artifacts.read_json(path / RECORD)
     version = record.get("format_version")
-    if record.get("kind") != "translation" or version not in (1, FORMAT_VERSION):
+    if record.get("kind") != "translation" or version != FORMAT_VERSION:
         raise ArtifactError(
             f"{path} is a {record.get('kind')} of format {version}, "
-            f"expected a translation of format 1 to {FORMAT_VERSION}"
+            f"expected a translation of format {FORMAT_VERSION}; learn it again"
         )
-    names = record.get("plans", PLANS[0])
+    names = record.get("plans")
     if names not in PLANS:
         raise ArtifactError(f"{path} holds the plans {names}; expected one of {PLANS}")
     shards = [_read(path / _part_name(i, record["parts"])) for i in range(record["parts"])]
-    if version == 1:
-        shards = [{f"plan.{k}" if k in CSR else k: v for k, v in s.items()} for s in shards]
     target_marginal = _read(path / TARGET_MARGINAL)["values"]
     ids, mu = (
         torch.cat([s[key] for s in shards]) for key in ("source_token_ids", "source_marginal")
