@@ -197,7 +197,7 @@ def translation_show(
 def compare(
     run_dirs: Annotated[list[Path], typer.Argument(help="Finished runs over the same text.")],
     out: Annotated[
-        Path, typer.Option("--out", help="Folder to make; an earlier comparison is replaced.")
+        Path, typer.Option("--out", help="Folder for the three files, which are replaced.")
     ],
 ):
     """Print the table of finished runs; write it with a figure (table.md, table.json, figure.png).

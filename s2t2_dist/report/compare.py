@@ -3,7 +3,6 @@
 Bits per byte compare across tokenizers; perplexity per token does not (paper, section 3).
 """
 
-import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,14 +15,12 @@ from rich.text import Text
 
 from s2t2_dist import artifacts
 from s2t2_dist.config import METHODS, Finetune, Pretrain, Stage, Translate
-from s2t2_dist.errors import ArtifactError
 from s2t2_dist.lm.translation import Translation
 from s2t2_dist.report.figure import draw
 from s2t2_dist.report.runs import FinishedRun, read_runs, uniform_bits, unigram_bits
 from s2t2_dist.report.translation import summarize
 
 TABLE_JSON, TABLE_MD, FIGURE = "table.json", "table.md", "figure.png"
-KIND = "comparison"
 NOTES = (
     "Every line is evaluated on the whole validation split; a row's first token is not predicted.",
     "Unigram: byte frequencies of the train split, plus one for each of the 256 values.",
@@ -64,29 +61,28 @@ class Row:
 
 
 def compare(run_dirs: list[Path], out: Path) -> Group:
-    """Write table.md, table.json and figure.png for runs over the same text; returns the table.
+    """Write table.json, table.md and figure.png for runs over the same text; returns the table.
 
-    `out` may be an earlier comparison, which is replaced.
+    Replaces these three files in `out` and touches no other.
 
     Raises:
-        ArtifactError: a run is not done, or `out` is a folder that this did not write.
+        ArtifactError: a run is not done.
         DataError: the runs' text differs.
     """
-    _check_replaceable(out)
     runs = read_runs(run_dirs)
     rows = make_rows(runs)
     best = best_new(rows)
-    record = {"kind": KIND, "runs": [str(path) for path in run_dirs]}
-    fresh = out.with_name(f".{out.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    with artifacts.sealed_directory(fresh, record) as temporary:
-        values = {**record, "rows": [asdict(row) for row in rows], "notes": NOTES}
-        values["best_new_tokenizer"] = best and {"label": best.label, "run": best.run}
-        artifacts.write_json(temporary / TABLE_JSON, values)
-        artifacts.write_text(temporary / TABLE_MD, markdown(rows, best))
-        guesses = dict(zip(("uniform", "unigram"), map(_bits, rows), strict=False))
-        draw(temporary / FIGURE, _named(runs), guesses)
-    _replace(out, fresh)
+    out.mkdir(parents=True, exist_ok=True)
+    values = {
+        "runs": [str(path) for path in run_dirs],
+        "rows": [asdict(row) for row in rows],
+        "best_new_tokenizer": best and {"label": best.label, "run": best.run},
+        "notes": NOTES,
+    }
+    artifacts.write_json(out / TABLE_JSON, values)
+    artifacts.write_text(out / TABLE_MD, markdown(rows, best))
+    guesses = dict(zip(("uniform", "unigram"), map(_bits, rows), strict=False))
+    draw(out / FIGURE, _named(runs), guesses)
     return terminal_tables(rows, best)
 
 
@@ -238,25 +234,3 @@ def _terminal_table(rows: list[Row], columns: tuple, best: Row | None) -> Table:
         label = Text(f"{'* ' if row is best else ''}{row.label}{shared}")
         table.add_row(label, *_cells(row, columns), style="bold green" if row is best else "")
     return table
-
-
-def _check_replaceable(out: Path) -> None:
-    """Refuse a folder that holds anything but an earlier comparison."""
-    if not out.exists():
-        return
-    ours = {TABLE_JSON, TABLE_MD, FIGURE, artifacts.MANIFEST, artifacts.COMPLETE}
-    found = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
-    if not (TABLE_JSON in found <= ours):
-        raise ArtifactError(
-            f"{out} exists and is no comparison made by this command; choose another folder"
-        )
-
-
-def _replace(out: Path, fresh: Path) -> None:
-    """Put a sealed folder in the place of the comparison that is there, if any."""
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    fresh.rename(out)
-    shutil.rmtree(old, ignore_errors=True)

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from data_prep.build import BuildOptions, build_shards
 from s2t2_dist import cli, load_translation
 from s2t2_dist.data.evaluate import Evaluation
-from s2t2_dist.errors import ArtifactError, DataError
+from s2t2_dist.errors import DataError
 from s2t2_dist.report.compare import compare, make_rows
 from s2t2_dist.report.figure import in_blocks, sharpest_part, smooth
 from s2t2_dist.report.runs import read_run, uniform_bits, unigram_bits
@@ -160,15 +160,15 @@ def test_written_files(table):
     assert len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 50, "an empty picture"
 
 
-def test_own_output_is_replaced_and_nothing_else(runs, tmp_path):
+def test_three_files_are_replaced_and_nothing_else(runs, tmp_path):
     out = tmp_path / "comparison"
     compare(runs[:1], out)
+    (out / "notes.txt").write_text("mine")
     compare(runs[1:2], out)
     assert "truncated" in (out / "table.md").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["comparison"]
-    (out / "notes.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="no comparison made by this command"):
-        compare(runs[:1], out)
+    made = {"table.md", "table.json", "figure.png"}
+    assert {path.name for path in out.iterdir()} == {*made, "notes.txt"}
     assert (out / "notes.txt").read_text() == "mine"
 
 
