@@ -3,9 +3,9 @@
 Shape letters: B rows of a batch, T tokens of a row.
 """
 
-import queue
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -79,40 +79,15 @@ def count_predicted(
     return count
 
 
-def prefetched(items: Iterable[Item], ahead: int = 2) -> Iterator[Item]:
-    """The same items, made by a thread that stays so many ahead; an error comes in its turn.
+def read_ahead(read: Callable[[int], Item], steps: range, ahead: int = 2) -> Iterator[Item]:
+    """`read(step)` for each step, by a thread that stays so many ahead; an error comes in its turn.
 
     Close the iterator (or let it go) to end the thread.
     """
-    ready: queue.Queue = queue.Queue(ahead)
-    closed = threading.Event()
-
-    def put(entry: tuple) -> bool:
-        while not closed.is_set():
-            try:
-                ready.put(entry, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def make() -> None:
-        try:
-            for item in items:
-                if not put((item, None, False)):
-                    return
-            put((None, None, True))
-        except BaseException as error:
-            put((None, error, True))
-
-    threading.Thread(target=make, name="prefetch", daemon=True).start()
-    try:
-        while True:
-            item, error, last = ready.get()
-            if error is not None:
-                raise error
-            if last:
-                return
+    with ThreadPoolExecutor(1, "read-ahead") as thread:
+        pending = deque(thread.submit(read, step) for step in steps[:ahead])
+        for following in range(ahead, ahead + len(steps)):
+            item = pending.popleft().result()
+            if following < len(steps):
+                pending.append(thread.submit(read, steps[following]))
             yield item
-    finally:
-        closed.set()

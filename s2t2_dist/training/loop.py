@@ -21,7 +21,7 @@ import torch
 from s2t2_dist import comm
 from s2t2_dist.comm import agree
 from s2t2_dist.config import Recipe, Stage, Translate, recipe_values
-from s2t2_dist.data.batches import Batch, count_predicted, load_batch, prefetched
+from s2t2_dist.data.batches import Batch, count_predicted, load_batch, read_ahead
 from s2t2_dist.data.evaluate import Evaluation, evaluate
 from s2t2_dist.data.order import rows_at
 from s2t2_dist.data.shards import ShardReader, require_tokenizer
@@ -232,7 +232,7 @@ class Trainer:
         elif start == stage.max_steps:  # its last evaluation is in the metrics already
             evaluation = self._evaluate(runner, stage)
         steps = range(start, stage.max_steps)
-        read = prefetched(self._batches(index, step) for step in steps)
+        read = read_ahead(partial(self._batches, index), steps)
         for step, (batches, predicted) in zip(steps, read, strict=True):
             values = self._step(runner, stage, index, step, batches, predicted)
             done = step + 1

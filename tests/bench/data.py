@@ -213,7 +213,7 @@ def read_rows(data: Path, saved: Path) -> dict:
 
 def loader_rate(data: Path) -> float:
     """Tokens per second of training batches, in the training order, on one core."""
-    from s2t2_dist.data.batches import load_batch, prefetched
+    from s2t2_dist.data.batches import load_batch, read_ahead
     from s2t2_dist.data.order import rows_at
     from s2t2_dist.data.shards import ShardReader
 
@@ -221,12 +221,11 @@ def loader_rate(data: Path) -> float:
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
 
-    def batches():
-        for step in range(count):
-            positions = np.arange(step * size, (step + 1) * size)
-            yield load_batch(reader, rows_at(positions, len(reader), 17))
+    def read(step):
+        positions = np.arange(step * size, (step + 1) * size)
+        return load_batch(reader, rows_at(positions, len(reader), 17))
 
-    seconds = measure.seconds(lambda: [None for _ in prefetched(batches())])
+    seconds = measure.seconds(lambda: [None for _ in read_ahead(read, range(count))])
     os.sched_setaffinity(0, cores)
     return count * size * CONTEXT / seconds
 

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from s2t2_dist.data.batches import count_predicted, load_batch, prefetched
+from s2t2_dist.data.batches import count_predicted, load_batch, read_ahead
 from s2t2_dist.data.order import row_at, rows_at
 from s2t2_dist.data.shards import ShardReader
 from tests.data.make_shards import PAD, make_data
@@ -86,40 +86,34 @@ def test_document_mask_restarts_positions_and_hides_first_tokens(tmp_path):
     assert load_batch(reader, [0]).position_ids is None
 
 
-def test_prefetched_gives_the_same_items_and_the_error_in_its_turn():
-    assert list(prefetched(range(1000))) == list(range(1000))
-    assert list(prefetched([])) == []
+def test_reading_ahead_gives_the_same_items_and_the_error_in_its_turn():
+    assert list(read_ahead(lambda i: 2 * i, range(3, 1000))) == list(range(6, 2000, 2))
+    assert list(read_ahead(lambda i: i, range(0))) == []
+    assert list(read_ahead(lambda i: i, range(1))) == [0]
 
-    def failing():
-        yield 1
-        yield 2
-        raise ValueError("third")
+    def failing(i):
+        if i == 3:
+            raise ValueError("third")
+        return i
 
-    items = prefetched(failing())
+    items = read_ahead(failing, range(1, 9))
     assert [next(items), next(items)] == [1, 2]
     with pytest.raises(ValueError, match="third"):
         next(items)
 
 
-def test_prefetched_stays_ahead_and_ends_with_its_reader():
+def test_reading_stays_ahead_and_ends_with_its_reader():
     made = []
 
-    def make():
-        for i in itertools.count():
-            made.append(i)
-            yield i
-
     def threads():
-        return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+        return [t for t in threading.enumerate() if t.name.startswith("read-ahead")]
 
-    items = prefetched(make(), ahead=2)
-    assert next(items) == 0
+    items = read_ahead(made.append, range(100), ahead=2)
+    next(items)
     deadline = time.monotonic() + 10
-    while len(made) < 4 and time.monotonic() < deadline:  # one taken, two waiting, one in hand
+    while len(made) < 3 and time.monotonic() < deadline:  # one taken, two ahead
         time.sleep(0.01)
     time.sleep(0.1)
-    assert len(made) == 4
+    assert made == [0, 1, 2] and len(threads()) == 1
     items.close()
-    while threads() and time.monotonic() < deadline:
-        time.sleep(0.01)
     assert not threads()
