@@ -10,14 +10,10 @@ import os
 import platform
 import shutil
 import time
-import urllib.error
-import urllib.request
 from copy import deepcopy
 from dataclasses import dataclass
-from http.client import HTTPException
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import psutil
 import torch
@@ -30,12 +26,9 @@ from s2t2_dist.lm.folder import WeightFiles, count_weights, local_folder, random
 from s2t2_dist.lm.vocabulary import source_rows
 from s2t2_dist.run.checkpoint import CHECKPOINT_BYTES
 from s2t2_dist.run.directory import LOCK
-from s2t2_dist.run.tracking import default_uri
 from s2t2_dist.training.context import Context
 
 PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "numpy", "pyarrow")
-MLFLOW_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
-SERVER_SECONDS = 5.0
 # So long NFS may believe that a file it was asked for before is still not there.
 SHARED_SECONDS = 60.0
 GIB = 2**30
@@ -97,16 +90,13 @@ def _version(package: str) -> str | None:
 
 
 def check_room(context: Context) -> None:
-    """Every rank has the memory and the disk, and rank 0 a tracking store that can be one.
+    """Every rank has the memory and the disk that the run needs.
 
     Raises:
         PreflightError: on every rank, with a line per host and problem.
     """
     need = needs(context)
     problems = _disk_problems(context, need.checkpoint) + _memory_problems(context, need.memory)
-    if context.comm.rank == 0 and context.recipe.tracking.enabled:
-        chosen = os.environ.get("MLFLOW_TRACKING_URI") or context.recipe.tracking.uri
-        problems += _tracking_problems(chosen or default_uri())
     _require_none(context.comm, context.comm.gather_objects(problems))
 
 
@@ -204,33 +194,6 @@ def _memory_problems(context: Context, need: int) -> list[str]:
         f"{free / GIB:.1f} GiB of memory {of} are free, weights and optimizer alone take "
         f"{need / GIB:.1f} GiB; take more ranks, or offload (ds_configs/README.md)"
     ]
-
-
-def _tracking_problems(uri: str) -> list[str]:
-    """A URI that MLflow cannot use. A server that does not answer is only worth a warning."""
-    parts = urlsplit(uri)
-    kind = (parts.scheme or uri).split("+")[0]
-    if kind not in MLFLOW_SCHEMES:
-        return [f"tracking.uri {uri} is none of {', '.join(MLFLOW_SCHEMES)}; correct it"]
-    if kind not in ("http", "https"):
-        return []
-    if not parts.hostname:
-        return [f"tracking.uri {uri} names no host; correct it"]
-    try:
-        _ = parts.port
-    except ValueError:
-        return [f"tracking.uri {uri} has no valid port; correct it"]
-    try:
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=SERVER_SECONDS).close()
-    except (OSError, HTTPException) as error:
-        if not isinstance(error, urllib.error.HTTPError):  # which is an answer
-            _log.warning(
-                "MLflow at %s does not answer (%s); metrics are kept in the run directory until "
-                "it does",
-                uri,
-                getattr(error, "reason", error),
-            )
-    return []
 
 
 def _require_none(comm: Comm, problems: list[list[str]]) -> None:

@@ -4,7 +4,6 @@ import shutil
 import socket
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -158,38 +157,3 @@ def test_needs_count_what_each_stage_trains(context):
     assert translate == Needs(memory=16 * 400 * 64, checkpoint=12 * 400 * 64)
     weights = 2 * 64 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64)
     assert finetune == Needs(memory=16 * weights, checkpoint=12 * weights)
-
-
-# The tracking store
-
-
-@pytest.mark.parametrize(
-    "uri", ["sqlite:////tmp/x.db", "postgresql+psycopg2://host/db", "databricks"]
-)
-def test_a_store_that_mlflow_knows_is_left_to_it(uri, caplog):
-    assert preflight._tracking_problems(uri) == [] and not caplog.records
-
-
-@pytest.mark.parametrize(
-    ("uri", "named"),
-    [
-        ("htp://server:5000", "htp://server:5000 is none of http, https, sqlite"),
-        ("./mlruns", "./mlruns is none of http"),
-        ("http://", "http:// names no host"),
-        ("http://server:port", "http://server:port has no valid port"),
-    ],
-)
-def test_a_uri_that_cannot_be_one_is_named(uri, named):
-    (problem,) = preflight._tracking_problems(uri)
-    assert problem.startswith(f"tracking.uri {named}")
-
-
-def test_a_dead_or_hung_server_is_a_warning_within_the_time_limit(monkeypatch, caplog):
-    monkeypatch.setattr(preflight, "SERVER_SECONDS", 0.5)
-    with socket.create_server(("127.0.0.1", 0)) as hung:
-        uri = f"http://127.0.0.1:{hung.getsockname()[1]}"
-        begin = time.monotonic()
-        assert preflight._tracking_problems(uri) == []
-        assert time.monotonic() - begin < 2
-    assert preflight._tracking_problems(uri) == []  # now nobody listens
-    assert [f"MLflow at {uri} does not answer" in r.message for r in caplog.records] == [True] * 2
