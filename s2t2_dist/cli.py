@@ -105,10 +105,10 @@ def plan(
     from rich import print as show_rich
 
     from s2t2_dist.config import load_recipe
-    from s2t2_dist.sizing.report import GIB, Hardware, make_plan, show
+    from s2t2_dist.sizing.report import GIB, Hardware, show, size_recipe
 
     hardware = Hardware(gpus, gpus_per_node)
-    made = make_plan(
+    made = size_recipe(
         load_recipe(recipe, overrides), hardware, gpu_memory * GIB, config, vocab_size, context
     )
     print(json.dumps(made.values(), indent=1)) if as_json else show_rich(show(made))

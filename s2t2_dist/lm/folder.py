@@ -105,11 +105,6 @@ def _on_meta(config: PretrainedConfig) -> torch.nn.Module:
         return AutoModelForCausalLM.from_config(config)
 
 
-def count_weights(config: PretrainedConfig) -> int:
-    """Numbers in a model's weights; those that are tied count once."""
-    return sum(weight.numel() for weight in _on_meta(config).parameters())
-
-
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 

@@ -12,6 +12,16 @@ TILES = 16  # that a pass holds at most: 2n + 1 iterates, the gradient's, sums
 PRODUCT_ROWS = 256  # of a tile of P in a product, and of dloss/dP
 
 
+def cost_states(V: int, U: int, ranks: int) -> dict[str, int]:
+    """Bytes of C and what AdamW keeps of it, on the rank with the most rows, at all times."""
+    entries = ceil(V / ranks) * U
+    return {
+        "C": SINGLE * entries,
+        "gradient of C": SINGLE * entries,
+        "AdamW moments": 2 * SINGLE * entries,
+    }
+
+
 def rank_memory(
     V: int, U: int, D: int, ranks: int, iterations: int = 3, tied: bool = False
 ) -> dict[str, int]:
@@ -26,9 +36,7 @@ def rank_memory(
     rows = ceil(V / ranks)
     per_lane = iterations * (3 * SINGLE + DOUBLE) + SINGLE + DOUBLE
     return {
-        "C": SINGLE * rows * U,
-        "gradient of C": SINGLE * rows * U,
-        "AdamW moments": 2 * SINGLE * rows * U,
+        **cost_states(V, U, ranks),
         "rows of E and L": (1 if tied else 2) * SINGLE * rows * D,
         "E', L'": 2 * SINGLE * U * D,
         "gradients of E', L'": 2 * SINGLE * U * D,

@@ -22,9 +22,6 @@ from s2t2_dist import artifacts
 from s2t2_dist.comm import Comm, agree
 from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error, collective
 
-# Of each number that a stage trains: its float32 value and two moments. DeepSpeed's files of a
-# bfloat16 model hold the float32 weights alone.
-CHECKPOINT_BYTES = 12
 # How the name of a copy begins that `universal` cuts for another number of ranks.
 CONVERTED = ".tmp-universal-"
 

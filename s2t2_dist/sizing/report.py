@@ -1,6 +1,6 @@
 """`s2t2 plan`: which DeepSpeed JSON a recipe fits with, on given GPUs.
 
-Every JSON beside the recipe's own is tried. All figures come from `plan`: arithmetic, no
+Every JSON beside the recipe's own is tried. All figures come from `stages`: arithmetic, no
 measurement.
 """
 
@@ -18,7 +18,7 @@ from s2t2_dist.errors import ConfigError
 from s2t2_dist.lm import engine
 from s2t2_dist.lm.folder import random_lm_config
 from s2t2_dist.lm.vocabulary import source_token_ids
-from s2t2_dist.sizing.stages import DEFAULTS, Hardware, Inputs, StagePlan, plan_stage, run_disk
+from s2t2_dist.sizing.stages import DEFAULTS, Hardware, Inputs, StageSize, run_disk, size_stage
 
 GIB = 1 << 30
 CPU_FILE = "cpu.json"
@@ -27,30 +27,30 @@ BYTE_TOKENS = 256  # single-byte tokens of a byte-level tokenizer, where there i
 
 
 @dataclass(frozen=True)
-class FilePlan:
+class FileSize:
     """Every stage under one DeepSpeed JSON, without and with gradient checkpointing."""
 
     file: Path
     hpz: int  # ranks of a node that share a copy of the weights, 1: off
     offloads: bool
-    stages: dict[bool, list[StagePlan]]
+    stages: dict[bool, list[StageSize]]
 
 
 @dataclass(frozen=True)
-class Plan:
+class RecipeSize:
     """A recipe on given GPUs under every JSON that they can run."""
 
     recipe: Recipe
     hardware: Hardware
     gpu_bytes: float
     inputs: Inputs
-    files: list[FilePlan]
+    files: list[FileSize]
 
-    def fits(self, *stages: StagePlan) -> bool:
+    def fits(self, *stages: StageSize) -> bool:
         return all(stage.peak <= (1 - RESERVED) * self.gpu_bytes for stage in stages)
 
     @property
-    def take(self) -> FilePlan | None:
+    def take(self) -> FileSize | None:
         """The first choice of those that fit as the recipe is: hpZ, then plain, then offload."""
         own = self.recipe.model.gradient_checkpointing
         fitting = [file for file in self.files if self.fits(*file.stages[own])]
@@ -91,15 +91,15 @@ class Plan:
         }
 
 
-def make_plan(
+def size_recipe(
     recipe: Recipe,
     hardware: Hardware,
     gpu_bytes: float,
     config: Path | None = None,
     vocab_size: int | None = None,
     context: int | None = None,
-) -> Plan:
-    """Plan a recipe under each ZeRO-3 JSON in the folder of its own.
+) -> RecipeSize:
+    """Size a recipe under each ZeRO-3 JSON in the folder of its own.
 
     Args:
         config: a folder with the model's config.json, instead of the recipe's model.
@@ -121,13 +121,13 @@ def make_plan(
             lm = recipe.model.model_copy(update={"gradient_checkpointing": on})
             changed = recipe.model_copy(update={"model": lm})
             stages[on] = [
-                plan_stage(changed, stage, inputs, settings, hardware) for stage in recipe.stages
+                size_stage(changed, stage, inputs, settings, hardware) for stage in recipe.stages
             ]
         offloads = any(zero.get(f"offload_{what}") for what in ("optimizer", "param"))
-        files.append(FilePlan(path, hpz, offloads, stages))
+        files.append(FileSize(path, hpz, offloads, stages))
     if not files:
         raise ConfigError(f"{recipe.deepspeed.parent} holds no ZeRO-3 JSON for GPUs")
-    return Plan(recipe, hardware, gpu_bytes, inputs, files)
+    return RecipeSize(recipe, hardware, gpu_bytes, inputs, files)
 
 
 def _suits(hpz: int, hardware: Hardware) -> bool:
@@ -138,7 +138,7 @@ def _suits(hpz: int, hardware: Hardware) -> bool:
 def find_inputs(
     recipe: Recipe, config: Path | None, vocab_size: int | None, context: int | None
 ) -> Inputs:
-    """What the plan knows of model and data; see `make_plan`."""
+    """What is known of model and data; see `size_recipe`."""
     data = recipe.data.path
     if vocab_size is None or context is None:
         if not artifacts.is_complete(data):
@@ -179,26 +179,26 @@ def _source_rows(recipe: Recipe, folder: Path, vocab_size: int) -> int:
     return vocab_size if choices[0] == "all" else BYTE_TOKENS
 
 
-def show(plan: Plan) -> Group:
-    """The plan as tables."""
-    shown = plan.take or next((f for f in plan.files if f.file == plan.recipe.deepspeed), None)
-    shown = shown or plan.files[0]
-    stages = shown.stages[plan.recipe.model.gradient_checkpointing]
+def show(size: RecipeSize) -> Group:
+    """The sizes as tables."""
+    shown = size.take or next((f for f in size.files if f.file == size.recipe.deepspeed), None)
+    shown = shown or size.files[0]
+    stages = shown.stages[size.recipe.model.gradient_checkpointing]
     disk = ", ".join(f"{s.stage} {s.checkpoint / 1e9:.1f} GB" for s in stages)
     return Group(
-        _files_table(plan),
-        _parts_table(shown, stages, plan.recipe.model.gradient_checkpointing),
+        _files_table(size),
+        _parts_table(shown, stages, size.recipe.model.gradient_checkpointing),
         f"Disk: a checkpoint of {disk}; the run at its fullest "
-        f"{run_disk(plan.recipe, stages) / 1e9:.1f} GB.",
-        plan.advice(),
+        f"{run_disk(size.recipe, stages) / 1e9:.1f} GB.",
+        size.advice(),
     )
 
 
-def _files_table(plan: Plan) -> Table:
+def _files_table(size: RecipeSize) -> Table:
     """A line for each JSON, with and without gradient checkpointing, and stage."""
-    hardware, inputs = plan.hardware, plan.inputs
+    hardware, inputs = size.hardware, size.inputs
     title = (
-        f"{plan.recipe.output_dir.name}: {hardware.ranks} GPUs of {plan.gpu_bytes / GIB:g} GiB, "
+        f"{size.recipe.output_dir.name}: {hardware.ranks} GPUs of {size.gpu_bytes / GIB:g} GiB, "
         f"{hardware.per_node} to a node\nby arithmetic, not measured; V {inputs.source_rows:,}, "
         f"U {inputs.vocab_size:,}, T {inputs.context:,}"
     )
@@ -209,7 +209,7 @@ def _files_table(plan: Plan) -> Table:
     for column in ("GiB\na GPU", "GB sent\na step", "host GiB\na node"):
         table.add_column(column, justify="right")
     table.add_column("fits")
-    for file in plan.files:
+    for file in size.files:
         for on, stages in file.stages.items():
             for stage in stages:
                 table.add_row(
@@ -219,12 +219,12 @@ def _files_table(plan: Plan) -> Table:
                     f"{stage.peak / GIB:.1f}",
                     f"{sum(stage.traffic.values()) / 1e9:.1f}",
                     f"{stage.host / GIB:.0f}",
-                    "yes" if plan.fits(stage) else "no",
+                    "yes" if size.fits(stage) else "no",
                 )
     return table
 
 
-def _parts_table(file: FilePlan, stages: list[StagePlan], checkpointing: bool) -> Table:
+def _parts_table(file: FileSize, stages: list[StageSize], checkpointing: bool) -> Table:
     """What is held at the peak of each stage."""
     switch = "with" if checkpointing else "without"
     title = f"GiB per GPU at the peak\n{file.file.name}, {switch} gradient checkpointing"

@@ -10,17 +10,23 @@ Shapes: V source rows, U target vocabulary, D width, W ranks, N weights of the m
 from dataclasses import asdict, dataclass, field
 from math import ceil
 
-import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
-from s2t2_dist.config import Finetune, Pretrain, Recipe, Stage, Translate
+from s2t2_dist.config import Recipe, Stage, Translate
 from s2t2_dist.lm import engine
+from s2t2_dist.lm.sizes import (
+    BYTES,
+    CHECKPOINT_BYTES,
+    SINGLE,
+    accumulation_dtype,
+    count_weights,
+    plan_count,
+    trained_config,
+    weight_states,
+)
 from s2t2_dist.ot.sizes import rank_memory, rank_traffic, sent
-from s2t2_dist.run.checkpoint import CHECKPOINT_BYTES
 from s2t2_dist.sizing.dryrun import Pass, pass_bytes
 
-SINGLE = 4
-BYTES = {"bfloat16": 2, "float32": 4, "bf16": 2, "fp32": 4, "fp16": 2}
 # DeepSpeed's own defaults of what the settings leave out, in elements.
 DEFAULTS = {
     "reduce_bucket_size": 5e8,
@@ -47,7 +53,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a plan knows beside the recipe.
+    """What is known beside the recipe.
 
     Attributes:
         config: of the source model.
@@ -63,7 +69,7 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class StagePlan:
+class StageSize:
     """One stage under one DeepSpeed JSON, in bytes of the largest rank.
 
     Attributes:
@@ -100,21 +106,10 @@ class StagePlan:
         return {**asdict(self), "peak_phase": self.peak_phase, "peak": self.peak}
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """Numbers of a model's weights. A tied head is in no other number."""
-
-    total: int
-    tied_head: int
-    largest: int
-    backbone: int
-    width: int
-
-
-def plan_stage(
+def size_stage(
     recipe: Recipe, stage: Stage, inputs: Inputs, settings: dict, hardware: Hardware
-) -> StagePlan:
-    """The plan of one stage.
+) -> StageSize:
+    """What one stage needs.
 
     Args:
         settings: a ZeRO-3 JSON, from `engine.load_settings`.
@@ -123,13 +118,13 @@ def plan_stage(
         ConfigError: the ranks cannot share the stage's batch.
     """
     kind = _Translate if isinstance(stage, Translate) else _Trained
-    return kind(recipe, stage, inputs, settings, hardware).plan()
+    return kind(recipe, stage, inputs, settings, hardware).measure()
 
 
-def run_disk(recipe: Recipe, plans: list[StagePlan]) -> int:
+def run_disk(recipe: Recipe, stages: list[StageSize]) -> int:
     """Bytes on disk of a whole run at its fullest: kept checkpoints and one in the making."""
-    kept = (recipe.save_total_limit + 1) * max(plan.checkpoint for plan in plans)
-    return kept + sum(plan.result for plan in plans)
+    kept = (recipe.save_total_limit + 1) * max(stage.checkpoint for stage in stages)
+    return kept + sum(stage.result for stage in stages)
 
 
 class _Stage:
@@ -142,14 +137,12 @@ class _Stage:
         self.zero = {**DEFAULTS, **settings.get("zero_optimization", {})}
         self.size = BYTES[recipe.model.dtype]
         self.reduced = BYTES[settings.get("communication_data_type", recipe.model.dtype)]
-        accumulated = settings.get("data_types", {}).get("grad_accum_dtype")
-        self.accumulated = BYTES[accumulated or recipe.model.dtype]
+        self.accumulated = accumulation_dtype(settings, recipe.model.dtype)
         self.rows, self.passes = engine.split_batch(stage, hardware.ranks)
-        self.config = self.model_config()
-        self.weights = _count(self.config, recipe.model.dtype)
-
-    def model_config(self) -> PretrainedConfig:
-        return self.inputs.config
+        self.config = inputs.config
+        if not isinstance(stage, Translate):
+            self.config = trained_config(inputs.config, stage, inputs.vocab_size)
+        self.weights = count_weights(self.config)
 
     def share(self, elements: int) -> int:
         """Of a rank."""
@@ -213,23 +206,14 @@ class _Stage:
 class _Trained(_Stage):
     """Every weight learns: `stages.WeightStage` on `engine.TrainedLM`."""
 
-    def model_config(self) -> PretrainedConfig:
-        """The folded model's: untied, with the new vocabulary; the source's where it is kept."""
-        config = self.inputs.config
-        if isinstance(self.stage, Finetune) and self.stage.init == "source":
-            return config
-        values = config.to_dict() | {"vocab_size": self.inputs.vocab_size}
-        if not isinstance(self.stage, Pretrain):
-            values["tie_word_embeddings"] = False
-        return type(config).from_dict(values | dict.fromkeys(("eos_token_id", "pad_token_id"), 0))
-
-    def plan(self) -> StagePlan:
+    def measure(self) -> StageSize:
         N, share = self.weights.total, self.share(self.weights.total)
-        state = {"gradients": self.accumulated * share, "AdamW moments": 2 * SINGLE * share}
-        state["master weights"] = 0 if self.size == SINGLE else SINGLE * share
+        ranks, dtype = self.hardware.ranks, self.recipe.model.dtype
+        state = weight_states(N, ranks, dtype, self.accumulated)
+        del state["weights"]  # in `partition`
         offloaded, host = self.offloads("optimizer"), 0
         if offloaded:  # gradients as they are summed and as its AdamW wants them, master, moments
-            host = (self.accumulated + 4 * SINGLE) * share
+            host = (BYTES[self.accumulated] + 4 * SINGLE) * share
             state = {}
         if self.offloads("param"):
             host += self.size * share
@@ -246,7 +230,7 @@ class _Trained(_Stage):
             "evaluation": static | gathered | {"activations, logits": self.one_pass(True)},
         }
         reduced = self.passes * sent(self.reduced * N, self.hardware.ranks) // 2
-        return StagePlan(
+        return StageSize(
             stage=self.stage.name,
             passes=self.passes,
             phases=phases,
@@ -260,10 +244,10 @@ class _Trained(_Stage):
 class _Translate(_Stage):
     """C learns through the frozen model: `translate.TranslateStage`."""
 
-    def plan(self) -> StagePlan:
+    def measure(self) -> StageSize:
         stage, ranks, N = self.stage, self.hardware.ranks, self.weights.backbone
         V, U, D = self.inputs.source_rows, self.inputs.vocab_size, self.weights.width
-        separate = stage.plans == "separate"
+        plans, separate = plan_count(stage), stage.plans == "separate"
         shared = self.config.tie_word_embeddings and stage.source_marginal == "uniform"
         # The other methods keep the thresholds of one iteration, or none.
         kept = stage.iterations if stage.method == "dykstra" else 1
@@ -276,8 +260,7 @@ class _Translate(_Stage):
         evaluating = {name: held[name] for name in THROUGH_PASSES if "gradients" not in name}
         activations = {"activations, logits": self.one_pass(trained=False)}
         evaluation = {"activations, logits": self.one_pass(True, trained=False)}
-        plans = 2 if separate else 1
-        return StagePlan(
+        return StageSize(
             stage=stage.name,
             passes=self.passes,
             phases={
@@ -295,19 +278,3 @@ class _Translate(_Stage):
             checkpoint=plans * CHECKPOINT_BYTES * V * U,
             result=plans * 2 * SINGLE * V * U,
         )
-
-
-def _count(config: PretrainedConfig, dtype: str) -> _Weights:
-    """Counts a model's weights on the meta device."""
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    sizes = [parameter.numel() for parameter in lm.parameters()]
-    head = lm.get_output_embeddings().weight
-    tied = head is lm.get_input_embeddings().weight
-    return _Weights(
-        total=sum(sizes),
-        tied_head=head.numel() if tied else 0,
-        largest=max(sizes),
-        backbone=sum(parameter.numel() for parameter in lm.base_model.parameters()),
-        width=lm.get_input_embeddings().weight.shape[1],
-    )

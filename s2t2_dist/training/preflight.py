@@ -10,7 +10,6 @@ import os
 import platform
 import shutil
 import time
-from copy import deepcopy
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,9 +21,17 @@ from s2t2_dist import artifacts
 from s2t2_dist.comm import Comm
 from s2t2_dist.config import Recipe, Stage, Translate, changed_keys, recipe_values
 from s2t2_dist.errors import PreflightError
-from s2t2_dist.lm.folder import WeightFiles, count_weights, local_folder, random_lm_config
+from s2t2_dist.lm.folder import WeightFiles, local_folder, random_lm_config
+from s2t2_dist.lm.sizes import (
+    CHECKPOINT_BYTES,
+    accumulation_dtype,
+    count_weights,
+    plan_count,
+    trained_config,
+    weight_states,
+)
 from s2t2_dist.lm.vocabulary import source_rows
-from s2t2_dist.run.checkpoint import CHECKPOINT_BYTES
+from s2t2_dist.ot.sizes import cost_states
 from s2t2_dist.run.directory import LOCK
 from s2t2_dist.training.context import Context
 
@@ -133,37 +140,31 @@ class Needs:
 
 
 def needs(context: Context) -> Needs:
-    """By arithmetic from the model's config and the size of C."""
+    """By the arithmetic of `s2t2 plan`."""
     found = [_stage_needs(context, stage) for stage in context.recipe.stages]
     return Needs(max(n.memory for n in found), max(n.checkpoint for n in found))
 
 
 def _stage_needs(context: Context, stage: Stage) -> Needs:
-    """Float32 values and two moments of all that is trained; in memory its gradient and copies."""
-    trained, ranks = _trained(context, stage), context.comm.size
+    """Of C with its gradient and moments; or of the weights, with theirs and master weights."""
+    settings, ranks = context.recipe.model, context.comm.size
+    vocab_size = context.train.metadata["vocab_size"]
     if isinstance(stage, Translate):
-        return Needs(memory=16 * trained // ranks, checkpoint=CHECKPOINT_BYTES * trained)
-    zero = context.deepspeed.get("zero_optimization", {})
-    known = zero.get("stage") == 3 and not {"offload_optimizer", "offload_param"} & zero.keys()
-    weights = 2 + 2 if context.recipe.model.dtype == "bfloat16" else 4
-    memory = (12 + weights) * trained // ranks if known else 0
-    return Needs(memory, checkpoint=CHECKPOINT_BYTES * trained)
-
-
-def _trained(context: Context, stage: Stage) -> int:
-    """How many numbers a stage trains: entries of C, or weights of the model in new tokens."""
-    vocab_size, settings = context.train.metadata["vocab_size"], context.recipe.model
+        rows = len(source_rows(stage, WeightFiles(local_folder(settings)))[0])
+        plans = plan_count(stage)
+        memory = plans * sum(cost_states(rows, vocab_size, ranks).values())
+        return Needs(memory, CHECKPOINT_BYTES * plans * rows * vocab_size)
     if settings.config is not None:
         vocabulary = {"vocab_size": vocab_size, **context.special_ids}
-        return count_weights(random_lm_config(settings, vocabulary))
-    weights = WeightFiles(local_folder(settings))
-    if isinstance(stage, Translate):
-        rows = len(source_rows(stage, weights)[0])
-        return rows * vocab_size * (1 if stage.plans == "shared" else 2)
-    config = deepcopy(weights.config)
-    if stage.init != "source":
-        config.update({"vocab_size": vocab_size, "tie_word_embeddings": False})
-    return count_weights(config)
+        config = random_lm_config(settings, vocabulary)
+    else:
+        config = WeightFiles(local_folder(settings)).config
+    trained = count_weights(trained_config(config, stage, vocab_size)).total
+    zero = context.deepspeed.get("zero_optimization", {})
+    known = zero.get("stage") == 3 and not {"offload_optimizer", "offload_param"} & zero.keys()
+    accumulated = accumulation_dtype(context.deepspeed, settings.dtype)
+    states = weight_states(trained, ranks, settings.dtype, accumulated)
+    return Needs(sum(states.values()) if known else 0, CHECKPOINT_BYTES * trained)
 
 
 def _disk_problems(context: Context, checkpoint: int) -> list[str]:

@@ -25,7 +25,7 @@ from s2t2_dist.data.shards import ShardReader
 from s2t2_dist.lm import engine
 from s2t2_dist.lm.folder import fold
 from s2t2_dist.lm.load import load_lm
-from s2t2_dist.sizing.stages import Hardware, Inputs, StagePlan, plan_stage
+from s2t2_dist.sizing.stages import Hardware, Inputs, StageSize, size_stage
 from s2t2_dist.training.context import Context, StageRunner
 from s2t2_dist.training.finetune import WeightStage
 from s2t2_dist.training.translate import TranslateStage
@@ -198,14 +198,14 @@ def _make(context: Context, stage: Stage, folder: Path) -> StageRunner:
     return WeightStage(context, stage, folder)
 
 
-def plan_of(case: Case, recipe: Recipe) -> StagePlan:
+def plan_of(case: Case, recipe: Recipe) -> StageSize:
     config = AutoConfig.from_pretrained(recipe.model.model_name_or_path)
     inputs = Inputs(config, config.vocab_size, VOCABULARY, case.context)
     settings = engine.load_settings(recipe.deepspeed)
-    return plan_stage(recipe, recipe.stages[0], inputs, settings, Hardware(case.ranks, cpu=True))
+    return size_stage(recipe, recipe.stages[0], inputs, settings, Hardware(case.ranks, cpu=True))
 
 
-def computed(plan: StagePlan, ranks: int) -> dict[str, int]:
+def computed(plan: StageSize, ranks: int) -> dict[str, int]:
     """The plan's peaks by the parts that are measured; a CPU rank holds what is offloaded too."""
     host = plan.host // ranks
     training = [size for phase, size in plan.totals.items() if phase not in PARTS]

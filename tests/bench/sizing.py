@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from s2t2_dist.config import load_recipe
-from s2t2_dist.sizing.report import GIB, make_plan
+from s2t2_dist.sizing.report import GIB, size_recipe
 from s2t2_dist.sizing.stages import Hardware, run_disk
 
 PAGE = Path("docs/sizing.md")
@@ -28,7 +28,7 @@ def table() -> str:
     for name, gpus, wanted, overrides in CASES:
         recipe = load_recipe(Path(f"launch/recipes/{name}.yaml"), overrides)
         config = Path("tests/configs") / name[:7]
-        plan = make_plan(recipe, Hardware(gpus), 80 * GIB, config, 512, 512)
+        plan = size_recipe(recipe, Hardware(gpus), 80 * GIB, config, 512, 512)
         (file,) = (file for file in plan.files if file.file.name == wanted)
         for off, on in zip(file.stages[False], file.stages[True], strict=True):
             cells = [name, gpus, f"`{wanted}`", off.stage]

@@ -12,8 +12,8 @@ from s2t2_dist.config import load_recipe
 from s2t2_dist.errors import ConfigError
 from s2t2_dist.lm import engine
 from s2t2_dist.sizing.dryrun import Pass, pass_bytes
-from s2t2_dist.sizing.report import GIB, make_plan
-from s2t2_dist.sizing.stages import Hardware, Inputs, plan_stage, run_disk
+from s2t2_dist.sizing.report import GIB, size_recipe
+from s2t2_dist.sizing.stages import Hardware, Inputs, run_disk, size_stage
 from tests.bench import sizing
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def planned(recipe, name, ranks, stage, file="zero3", overrides=None, **more):
     settings = engine.load_settings(Path(f"ds_configs/{file}.json"))
     (found,) = (s for s in recipe.stages if s.name == stage)
     inputs = Inputs(config, 50_280, 512, 512)
-    return plan_stage(recipe, found, inputs, settings, Hardware(ranks, **more))
+    return size_stage(recipe, found, inputs, settings, Hardware(ranks, **more))
 
 
 def test_the_states_of_full_finetuning_take_18_bytes_per_weight():
@@ -131,7 +131,7 @@ def test_a_dry_run_leaves_the_real_library_as_it_was():
     ],
 )
 def test_the_file_to_take(recipe, name, gpus, memory, more, take):
-    plan = make_plan(
+    plan = size_recipe(
         load_recipe(recipe, more), Hardware(gpus), memory * GIB, CONFIGS / name, 512, 512
     )
     assert (plan.take.file.name if plan.take else None) == take
@@ -141,7 +141,7 @@ def test_the_file_to_take(recipe, name, gpus, memory, more, take):
 
 def test_checkpointing_is_advised_where_it_makes_the_difference():
     recipe = load_recipe(SEVEN_B, ["model.gradient_checkpointing=false"])
-    plan = make_plan(recipe, Hardware(8), 9 * GIB, CONFIGS / "olmo-7b", 512, 512)
+    plan = size_recipe(recipe, Hardware(8), 9 * GIB, CONFIGS / "olmo-7b", 512, 512)
     assert plan.take is None and "gradient_checkpointing=true" in plan.advice()
 
 

@@ -1,0 +1,93 @@
+"""How many numbers a stage trains, and the bytes that they take: for preflight and `s2t2 plan`.
+
+Shapes: V source rows of P, U target vocabulary, W ranks, N weights of the model.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from s2t2_dist.config import Finetune, Pretrain, Stage, Translate
+
+SINGLE = 4  # bytes of a float32
+BYTES = {"bfloat16": 2, "float32": 4, "bf16": 2, "fp32": 4, "fp16": 2}
+# Of each number that learns, on disk: its float32 value and two moments. DeepSpeed's files of a
+# bfloat16 model hold the float32 weights alone.
+CHECKPOINT_BYTES = 3 * SINGLE
+
+
+@dataclass(frozen=True)
+class WeightCounts:
+    """Numbers of a model's weights.
+
+    Attributes:
+        total: all of them; a tied head counts once.
+        tied_head: of the head where it is tied, else 0.
+        largest: of the largest weight.
+        backbone: without the head's own.
+        width: D, the length of an embedding.
+    """
+
+    total: int
+    tied_head: int
+    largest: int
+    backbone: int
+    width: int
+
+
+def count_weights(config: PretrainedConfig) -> WeightCounts:
+    """Count on the meta device: nothing is allocated."""
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config)
+    sizes = [parameter.numel() for parameter in lm.parameters()]
+    head = lm.get_output_embeddings().weight
+    tied = head is lm.get_input_embeddings().weight
+    return WeightCounts(
+        total=sum(sizes),
+        tied_head=head.numel() if tied else 0,
+        largest=max(sizes),
+        backbone=sum(parameter.numel() for parameter in lm.base_model.parameters()),
+        width=lm.get_input_embeddings().weight.shape[1],
+    )
+
+
+def trained_config(config: PretrainedConfig, stage: Stage, vocab_size: int) -> PretrainedConfig:
+    """The config of the model whose weights a stage trains: the folded one is untied, of U rows.
+
+    Args:
+        config: of the source model, or of the one to pretrain.
+    """
+    if isinstance(stage, Finetune) and stage.init == "source":
+        return config
+    values = config.to_dict() | {"vocab_size": vocab_size}
+    if not isinstance(stage, Pretrain):
+        values["tie_word_embeddings"] = False
+    return type(config).from_dict(values | dict.fromkeys(("eos_token_id", "pad_token_id"), 0))
+
+
+def weight_states(elements: int, ranks: int, dtype: str, accumulated: str) -> dict[str, int]:
+    """Bytes of a rank under ZeRO-3 for N weights that learn by AdamW, by name.
+
+    Args:
+        dtype: of the weights; with bfloat16 there are float32 master weights.
+        accumulated: dtype in which gradients are summed.
+    """
+    share = ceil(elements / ranks)
+    return {
+        "weights": BYTES[dtype] * share,
+        "gradients": BYTES[accumulated] * share,
+        "AdamW moments": 2 * SINGLE * share,
+        "master weights": 0 if BYTES[dtype] == SINGLE else SINGLE * share,
+    }
+
+
+def plan_count(stage: Translate) -> int:
+    """Plans that a translate stage learns: one, or one each for E and for L."""
+    return 2 if stage.plans == "separate" else 1
+
+
+def accumulation_dtype(deepspeed: dict, dtype: str) -> str:
+    """The dtype in which DeepSpeed sums gradients: its settings', or the weights'."""
+    return deepspeed.get("data_types", {}).get("grad_accum_dtype") or dtype
