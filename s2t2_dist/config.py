@@ -236,7 +236,7 @@ class Recipe(_Strict):
         1800, description="seconds that ranks wait for the slowest (rank 0 may fold a large model)"
     )
     heartbeat_timeout: Positive = Field(
-        20, description="seconds without a sign of life after which a rank counts as lost"
+        20, description="seconds without a heartbeat after which a rank counts as lost"
     )
 
     @model_validator(mode="after")

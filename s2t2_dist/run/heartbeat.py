@@ -1,10 +1,11 @@
-"""Signs of life between the ranks: a dead process or a cut link ends the whole job, by name.
+"""Failure detection: a dead or unreachable rank ends the whole job, and one line names it.
 
-A collective notices a dead peer when it next talks to it and a cut link when it times out, and
-names neither. So every rank keeps one TCP connection to rank 0, over which both sides write a
-line every `BEAT_SECONDS`. One that closes without a goodbye is a dead process; one that is silent
-for `timeout` seconds is a lost host or a frozen process. Rank 0 tells the others who it was, and
-every rank ends with `EXIT_LOST`, from a thread: the main one may be stuck in a collective.
+A collective notices a dead peer late, a cut link only when it times out, and names neither. So
+every rank keeps a TCP connection to rank 0, on which both sides send a heartbeat every
+`BEAT_SECONDS`. A connection that closes without a final message means a dead process; one that is
+silent for `timeout` seconds means an unreachable host or a frozen process. Rank 0 tells the others
+which rank was lost. Every rank then exits with `EXIT_LOST`, from the monitor's thread: the main
+thread may be stuck in a collective.
 """
 
 import hmac
@@ -26,45 +27,45 @@ from s2t2_dist.errors import S2T2Error
 EXIT_LOST = 4
 BEAT_SECONDS = 1.0
 CONNECT_SECONDS = 30.0
-GRACE_SECONDS = 3.0  # for the cause of an error to be known before the error is taken for it
+GRACE_SECONDS = 3.0  # between an error and its report, for the rank failure behind it to show
 
 
 @contextmanager
-def watched(
+def monitored(
     comm: Comm, timeout: float, on_lost: Callable[[str], None]
 ) -> Iterator[Callable[[BaseException], None]]:
-    """Watch the other ranks while the block runs. A collective; nothing to watch with one rank.
+    """Monitor the other ranks while the block runs. A collective; with one rank it does nothing.
 
-    An error that leaves the block on this rank alone is told to the others, who end as well: they
-    may be waiting for this one.
+    If the block raises on this rank alone, the other ranks are told and exit too: they may be
+    waiting for this one.
 
     Args:
-        timeout: seconds without a sign of life after which a rank counts as lost.
-        on_lost: called on rank 0 with the line that says who was lost, before the process ends.
+        timeout: seconds without a heartbeat after which a rank counts as lost.
+        on_lost: called on rank 0 with the line that names the lost rank, before the process exits.
 
     Yields:
-        a function to call with an error before it is reported: where the loss of another rank is
-        its cause, that is known within seconds, and the process ends in the call.
+        a function to call with an error before it is reported. If a lost rank caused the error,
+        that shows within seconds, and the process exits inside the call.
 
     Raises:
-        S2T2Error: on every rank, where one cannot connect to rank 0.
+        S2T2Error: on every rank, if one cannot connect to rank 0.
     """
     if comm.size == 1:
         yield lambda _: None
         return
-    heart = _Heart(comm, _connect(comm), timeout, on_lost)
-    heart.thread.start()
+    monitor = _Monitor(comm, _connect(comm), timeout, on_lost)
+    monitor.thread.start()
     try:
-        yield heart.await_cause
+        yield monitor.await_cause
     except Exception as error:
-        heart.await_cause(error)
+        monitor.await_cause(error)
         if isinstance(error, S2T2Error):
             what = None if error.collective else f"stopped: {error}"
         else:
             what = f"failed: {type(error).__name__}: {error}"
-        heart.close(what)
+        monitor.close(what)
         raise
-    heart.close()
+    monitor.close()
 
 
 class _Peer:
@@ -73,16 +74,16 @@ class _Peer:
     def __init__(self, rank: int, connection: socket.socket):
         self.rank, self.connection = rank, connection
         connection.setblocking(False)
-        self.silent = 0.0  # seconds of listening without a sign of life
+        self.silent = 0.0  # seconds of listening without a heartbeat
         self.unread = b""
 
     def send(self, message: dict) -> None:
-        """Best effort: a connection that takes nothing is found by its silence."""
+        """Best effort: a failed connection shows by its silence."""
         with suppress(OSError):
             self.connection.send(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict] | None:
-        """The messages that have arrived; None where the other side closed the connection."""
+        """The messages that have arrived; None if the other side closed the connection."""
         try:
             found = self.connection.recv(65536)
         except BlockingIOError:
@@ -96,8 +97,10 @@ class _Peer:
         return [json.loads(line) for line in lines]
 
     def close(self, deadline: float) -> None:
-        """Close once the other side has: closed with unread lines, a connection is reset instead,
-        and what this side sent last may not arrive.
+        """Wait for the other side to close first.
+
+        TCP resets a connection that is closed with unread data, and this side's last message may
+        then be lost.
         """
         with suppress(OSError):
             while (left := deadline - time.monotonic()) > 0:
@@ -107,7 +110,7 @@ class _Peer:
         self.connection.close()
 
 
-class _Heart:
+class _Monitor:
     """The connections of one rank (rank 0: to every other; else: to rank 0) and their thread."""
 
     def __init__(
@@ -121,22 +124,22 @@ class _Heart:
         self.closing = threading.Event()
         self.failure: str | None = None
         self.awaited: BaseException | None = None
-        self.waited: dict[int, str] = {}  # ranks that came to a collective cut short, and how
+        self.waited: dict[int, str] = {}  # ranks whose collective was cut short, and how
         self.judging = 0.0
         self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def await_cause(self, error: BaseException) -> None:
-        """Return after a moment in which the loss of another rank would have ended this process."""
+        """Wait a moment: if another rank was lost, this process exits here."""
         if error is self.awaited or (isinstance(error, S2T2Error) and error.collective):
             return
         self.awaited = error
         if how := cut_short(error):
             self.waited[self.comm.rank] = how
-            time.sleep(2 * GRACE_SECONDS)  # rank 0 finds out for whom they waited
+            time.sleep(2 * GRACE_SECONDS)  # rank 0 finds out which rank they waited for
         time.sleep(GRACE_SECONDS)
 
     def close(self, failure: str | None = None) -> None:
-        """Say goodbye: nobody misses this rank from now on, or every rank ends for its failure."""
+        """Stop monitoring; with `failure`, make every rank exit."""
         if failure:
             self.failure = f"{self.comm.name(self.comm.rank)} {' '.join(failure.split())[:500]}"
         self.closing.set()
@@ -155,7 +158,7 @@ class _Heart:
                         self._hear(key.data, selector)
                 self._find_silent()
                 self._find_missing()
-        self._send_last({"lost": self.failure} if self.failure else {"bye": True})
+        self._send_last({"lost": self.failure} if self.failure else {"done": True})
         self._await_receipt()
 
     def _send_last(self, message: dict) -> None:
@@ -165,7 +168,7 @@ class _Heart:
                 peer.connection.shutdown(socket.SHUT_WR)
 
     def _await_receipt(self) -> None:
-        """Close every connection after its peer did; all peers that are alive have a moment."""
+        """Close each connection after its peer did; live peers share GRACE_SECONDS."""
         deadline = time.monotonic() + GRACE_SECONDS
         for peer in self.peers:
             if peer.silent <= self.timeout:
@@ -180,22 +183,22 @@ class _Heart:
                 self._end(message["lost"], told=self.comm.rank != 0)
             elif how := message.get("waited"):
                 self.waited[peer.rank] = how
-            elif "bye" in message:
+            elif "done" in message:
                 selector.unregister(peer.connection)
                 self.peers.remove(peer)
                 peer.connection.close()
                 return
 
     def _find_silent(self) -> None:
-        """Count listened beats, not the clock: this process may have been frozen itself."""
+        """Count beats listened to, not the clock: this process may have been frozen itself."""
         for peer in self.peers:
             peer.silent += BEAT_SECONDS
             if peer.silent > self.timeout:
                 name = self.comm.name(peer.rank)
-                self._end(f"{name} was lost: no sign of life for {self.timeout:g} s")
+                self._end(f"{name} was lost: no heartbeat for {self.timeout:g} s")
 
     def _find_missing(self) -> None:
-        """On rank 0: after a collective's timeout, who did not come to it although it lives."""
+        """On rank 0, after a collective timed out: name the live ranks that never joined it."""
         if self.comm.rank != 0 or "timeout" not in self.waited.values():
             return
         self.judging = self.judging or time.monotonic() + GRACE_SECONDS
@@ -206,9 +209,9 @@ class _Heart:
         self._end(f"{names} did not come to a collective within collective_timeout")
 
     def _end(self, line: str, told: bool = False) -> NoReturn:
-        """End this process; rank 0 has the others end first, and says why for all of them.
+        """Exit. Rank 0 makes the others exit first and prints the reason for all of them.
 
-        Where rank 0 itself is lost, the first rank of each host says so.
+        If rank 0 itself was lost, the first rank of each host prints it.
         """
         rank, hosts = self.comm.rank, self.comm.hosts
         if rank == 0:
@@ -226,7 +229,7 @@ class _Heart:
 
 
 def _connect(comm: Comm) -> list[_Peer]:
-    """Every rank's connections. The key keeps strangers out who happen upon the port."""
+    """The handshake: every rank connects to rank 0. The key turns other programs away."""
     listener, invitation = None, None
     if comm.rank == 0:
         listener = _listen(comm.size)
@@ -261,7 +264,7 @@ def _listen(backlog: int) -> socket.socket:
 
 
 def _accept(listener: socket.socket, key: str, count: int) -> list[_Peer]:
-    """The connections of `count` ranks; anything else that connects is turned away."""
+    """Accept `count` ranks; close every connection that does not send the key."""
     peers: list[_Peer] = []
     with listener:
         listener.settimeout(CONNECT_SECONDS)

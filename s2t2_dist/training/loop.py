@@ -36,8 +36,7 @@ from s2t2_dist.run.tracking import MetricsFile, MLflowShipper, flatten, is_shipp
 from s2t2_dist.training import preflight
 from s2t2_dist.training.context import Context, StageRunner
 from s2t2_dist.training.finetune import make_stage
-from s2t2_dist.training.inputs import check_inputs
-from s2t2_dist.training.nonfinite import SkippedSteps, require_sound
+from s2t2_dist.training.nonfinite import SkippedSteps, require_finite
 from s2t2_dist.training.schedule import learning_rate
 
 EXIT_DONE = 0
@@ -67,7 +66,7 @@ def run(recipe: Recipe, resume: str = "auto") -> int:
     world = comm.world_comm()
     record = partial(record_loss, recipe.output_dir.resolve())
     try:
-        with heartbeat.watched(world, recipe.heartbeat_timeout, record) as await_cause:
+        with heartbeat.monitored(world, recipe.heartbeat_timeout, record) as await_cause:
             code = _run_job(recipe, resume, world, device, await_cause, parent)
     except S2T2Error as error:
         if error.collective:  # else the other ranks may still be waiting in a collective
@@ -116,7 +115,7 @@ def _open_inputs(recipe: Recipe, world: comm.Comm, device: torch.device) -> Cont
         train=train,
         validation=ShardReader(data.path, "validation"),
     )
-    check_inputs(context)
+    preflight.check_inputs(context)
     return context
 
 
@@ -150,7 +149,7 @@ class Trainer:
 
     Args:
         resume: as for `run`.
-        await_cause: from `heartbeat.watched`.
+        await_cause: from `heartbeat.monitored`.
         parent: the process that started this one.
     """
 
@@ -320,7 +319,7 @@ class Trainer:
             S2T2Error: on every rank, where the weights are lost: they are never saved.
         """
         started = time.monotonic()
-        require_sound(runner, self.context, stage, step)
+        require_finite(runner, self.context, stage, step)
         length = self.metrics.sync() if self.metrics else 0
         position = checkpoint.Position(index, stage.name, step, self.comm.size, length)
         keep = self.recipe.save_total_limit, self.recipe.keep_steps

@@ -1,4 +1,4 @@
-"""What happens when numbers stop being finite: steps are skipped, lost weights are never saved."""
+"""Non-finite numbers: such steps are skipped, and a model that has diverged is never saved."""
 
 import logging
 import math
@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 
 
 class SkippedSteps:
-    """Counts the steps whose gradient was not finite: they change no weight.
+    """Counts the steps that were skipped because their gradient was not finite.
 
     Args:
         most: `max_bad_steps` of the recipe.
@@ -28,7 +28,7 @@ class SkippedSteps:
         self.total = self.in_a_row = 0
 
     def count(self, stage: Stage, step: int, grad_norm: float) -> int:
-        """Take note of a step; returns the total."""
+        """Count a step if its gradient is not finite; returns the run's total."""
         if math.isfinite(grad_norm):
             self.in_a_row = 0
             return self.total
@@ -39,7 +39,7 @@ class SkippedSteps:
         return self.total
 
     def require_fewer(self, run_dir: Path, stage: Stage, step: int) -> None:
-        """Raises S2T2Error, on every rank, where there were `most` in a row."""
+        """Raise an S2T2Error, on every rank, after `most` skipped steps in a row."""
         if self.in_a_row < self.most:
             return
         message = (
@@ -51,23 +51,23 @@ class SkippedSteps:
         raise collective(S2T2Error(message))
 
 
-def require_sound(runner: StageRunner, context: Context, stage: Stage, step: int) -> None:
-    """A step with a finite gradient may still have thrown the weights away: look before a save.
+def require_finite(runner: StageRunner, context: Context, stage: Stage, step: int) -> None:
+    """Check before a save that the model has not diverged: a finite gradient is no proof of that.
 
     Raises:
-        S2T2Error: on every rank, where no row of a validation pass gets finite logits.
+        S2T2Error: on every rank, if no row of a validation pass has finite logits.
     """
     runner.evaluation_mode(True)
     rows = stage.per_device_eval_batch_size
     reader, device = context.validation, context.device
-    sound = gives_finite_logits(runner.logits, reader, rows, device, context.comm)
+    finite = gives_finite_logits(runner.logits, reader, rows, device, context.comm)
     runner.evaluation_mode(False)
-    if sound:
+    if finite:
         return
     saved = checkpoint.list_checkpoints(context.run_dir)
     last = f"the last good checkpoint is {saved[0]}" if saved else "there is no checkpoint"
     message = (
-        f"stage {stage.name}: after step {step} the weights give no finite output for any row, so "
-        f"they are not saved; {last}; lower the learning rate in a new output_dir"
+        f"stage {stage.name}: the model has diverged: after step {step} no row has finite logits; "
+        f"nothing is saved; {last}; lower the learning rate in a new output_dir"
     )
     raise collective(S2T2Error(message))

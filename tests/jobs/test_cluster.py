@@ -159,7 +159,7 @@ def _cut_link_is_named(hosts: Cluster, workspace: Path, host: Host) -> None:
     begin = time.monotonic()
     try:
         assert job.end("link cut") == 1, job.output
-        _check_named(job, "rank 1 on node2 was lost: no sign of life for 20 s")
+        _check_named(job, "rank 1 on node2 was lost: no heartbeat for 20 s")
         while host.ranks() and time.monotonic() < begin + 60:
             time.sleep(0.5)  # the host that is cut off ends its own
     finally:

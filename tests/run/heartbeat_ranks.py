@@ -87,7 +87,7 @@ def be_rank(rank: int, job: str) -> None:
     group = world_comm(timeout=4 * TIMEOUT)  # for making it too, where few cores serve all jobs
     code = 0
     try:
-        with heartbeat.watched(world_comm(), TIMEOUT, Path(job, "line").write_text):
+        with heartbeat.monitored(world_comm(), TIMEOUT, Path(job, "line").write_text):
             time.sleep(1)
             if rank == doer:
                 act()

@@ -1,4 +1,4 @@
-"""Signs of life between real processes: one is killed, frozen, fails or ends before the others."""
+"""Failure detection between real processes: one is killed, frozen, fails or ends before the others."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def jobs(tmp_path_factory) -> Path:
     """The folder that `heartbeat_ranks` leaves."""
     room = tmp_path_factory.mktemp("heartbeat")
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.heartbeat_ranks", room],
+        [sys.executable, "-m", "tests.run.heartbeat_ranks", room],
         cwd=runs.ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=120,
@@ -47,7 +47,7 @@ def codes(jobs: Path, job: str) -> list[int | None]:
     ("job", "code", "line"),
     [
         ("killed", -9, "was lost: its process ended"),
-        ("frozen", None, "was lost: no sign of life for 2 s"),
+        ("frozen", None, "was lost: no heartbeat for 2 s"),
         ("failed", 1, "failed: ZeroDivisionError: x"),
         ("stopped", 1, "stopped: no room"),
     ],
@@ -122,7 +122,7 @@ def test_the_last_message_arrives_though_lines_are_unread(failure):
         near = listener.accept()[0]
         filler = near.send(b"\n" * 100_000)  # more than arrives before the peer reads
         far.sendall(b"{}\n")
-        heart = heartbeat._Heart(Comm(), [heartbeat._Peer(0, near)], 20, print)
+        heart = heartbeat._Monitor(Comm(), [heartbeat._Peer(0, near)], 20, print)
         heart.failure = failure
         heart.closing.set()
         heart.thread.start()
@@ -130,7 +130,7 @@ def test_the_last_message_arrives_though_lines_are_unread(failure):
         received = b"".join(iter(lambda: far.recv(65536), b""))
     heart.thread.join()
     assert near.fileno() == -1, "left open: closed by the end of the process, it would be reset"
-    last = {"lost": failure} if failure else {"bye": True}
+    last = {"lost": failure} if failure else {"done": True}
     assert json.loads(received[filler:]) == last
 
 

@@ -25,7 +25,7 @@ from s2t2_dist.lm.folder import random_lm_config
 from s2t2_dist.lm.vocabulary import source_token_ids
 from s2t2_dist.report.export import copy_weights
 from s2t2_dist.training.context import Context
-from s2t2_dist.training.inputs import check_inputs
+from s2t2_dist.training.preflight import check_inputs
 from tests.conftest import CONTEXT, SOURCE_VOCAB
 
 TRANSLATE = {"kind": "translate", "max_steps": 1}
