@@ -1,5 +1,9 @@
 #!/usr/bin/env bash
-# Every test, after the linter; arguments go to pytest: bash launch/test.sh -m "not slow"
+# The linter, then the tests: all but the long ones, in two lanes. Arguments go to pytest.
+#
+#   bash launch/test.sh                 what CI runs
+#   bash launch/test.sh -m "not slow"   the quick ones
+#   bash launch/test.sh -m soak         the long ones: the whole quickstart, 100 kills, 200,000 cases
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -7,9 +11,10 @@ ensure_installed test
 cd "$ROOT"
 ruff check .
 ruff format --check .
-if [[ $# -gt 0 ]]; then
-  exec python -m pytest "$@"
-fi
 # In the order of their names: the files with the fewest tests, which take longest, are not last.
-python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not alone"
-exec python -m pytest -m alone
+LANES=(-n 2 --dist loadfile --no-loadscope-reorder)
+case "$*" in
+"") exec python -m pytest "${LANES[@]}" -m "not soak" ;;
+"-m not slow") exec python -m pytest "${LANES[@]}" -m "not slow" ;;
+*) exec python -m pytest "$@" ;;
+esac

@@ -87,6 +87,13 @@ def make_small_inputs(folder: Path) -> tuple[Path, Path]:
     return model, data
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is `soak` is `slow` too."""
+    for item in items:
+        if item.get_closest_marker("soak"):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def print_width():
     """Sets how wide rich prints; otherwise it is as wide as the first test that printed found."""

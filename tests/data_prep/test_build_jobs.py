@@ -165,7 +165,7 @@ def test_a_killed_build_goes_on(tmp_path, fasta, tokenizer, whole, workers):
     assert_finishes(command, tmp_path / "d", whole)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_killed_at_30_random_moments(tmp_path, fasta, tokenizer, whole):
     begin = time.monotonic()
     assert_finishes(build_command(fasta, tokenizer, tmp_path / "0" / "d"), tmp_path / "0/d", whole)

@@ -103,7 +103,7 @@ def test_the_reader_loses_nothing(data, size):
     assert_agrees(with_start(data), size)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_reader_loses_nothing_in_200_000_cases():
     seen = set()
 

@@ -15,6 +15,7 @@ from tests.jobs.distributed import run_ranks
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 FILES = sorted(FOLDER.glob("*.json"))
+OFFLOAD = FOLDER / "zero3-offload.json"
 HPZ = "zero_hpz_partition_size"
 COUNTED = ("all_gather_into_tensor", "reduce_scatter_tensor")
 PAYLOAD = Counter()
@@ -55,8 +56,8 @@ def _counted(name: str):
     return call
 
 
-def _train(comm, folder: Path) -> dict[str, dict]:
-    """Under each file: a gradient through the frozen model, losses and bytes of finetuning steps.
+def _train(comm, folder: Path, files: list[Path]) -> dict[str, dict]:
+    """By file: a gradient through the frozen model, losses and bytes of finetuning steps.
 
     Bytes are those of the last step, for each weight.
     """
@@ -65,7 +66,7 @@ def _train(comm, folder: Path) -> dict[str, dict]:
         setattr(torch.distributed, name, _counted(name))
     lm = ModelConfig(model_name_or_path=str(folder), dtype="float32")
     results = {}
-    for path in FILES:
+    for path in files:
         settings = engine.load_settings(path)
         if HPZ in settings["zero_optimization"]:
             settings["zero_optimization"][HPZ] = 2  # two "nodes" of two ranks
@@ -110,18 +111,22 @@ def _trained(comm, settings: dict, lm: ModelConfig) -> dict:
     return {"losses": losses, "optimizer": inner, **sent}
 
 
-@pytest.mark.slow
-def test_every_file_trains_to_the_same_weights_on_four_ranks(tmp_path):
-    """Offload and hpZ included; only where tensors live may differ.
-
-    The offloaded AdamW is DeepSpeed's own, compiled at its first use.
-    """
+@pytest.mark.parametrize(
+    "files",
+    [
+        pytest.param([p for p in FILES if p != OFFLOAD], id="on devices", marks=pytest.mark.slow),
+        # DeepSpeed compiles its own AdamW at its first use: a minute or two.
+        pytest.param([FOLDER / "cpu.json", OFFLOAD], id="offloaded", marks=pytest.mark.soak),
+    ],
+)
+def test_every_file_trains_to_the_same_weights_on_four_ranks(files, tmp_path):
+    """hpZ and offload included; only where tensors live may differ."""
     sizes = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 4}
     ids = {"eos_token_id": 0, "pad_token_id": 1}
     torch.manual_seed(5)
     config = OlmoConfig(vocab_size=40, num_hidden_layers=2, **sizes, **ids)
     AutoModelForCausalLM.from_config(config).float().save_pretrained(tmp_path / "lm")
-    ranks = run_ranks(_train, 4, tmp_path, tmp_path / "lm", timeout=300)
+    ranks = run_ranks(_train, 4, tmp_path, tmp_path / "lm", files, timeout=300)
     for results in ranks:
         expected = results["cpu.json"]
         assert expected["losses"][-3] < expected["losses"][0]

@@ -9,7 +9,7 @@ import pytest
 
 from s2t2_dist import artifacts
 from s2t2_dist.run.checkpoint import list_checkpoints
-from tests.bench.kills import STEPS, Killer, write_report
+from tests.bench.kills import KINDS, STEPS, Killer, write_report
 from tests.jobs import launching
 
 
@@ -28,6 +28,18 @@ def test_six_kills_and_a_flipped_byte(tmp_path, monkeypatch):
     write_report(tmp_path, tmp_path / "report.md", "command")
     assert "# 6 kills" in (tmp_path / "report.md").read_text()
     _flip_a_byte(killer)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_a_hundred_kills(tmp_path, monkeypatch):
+    for name in ("HOME", "TMPDIR"):  # the script sets both
+        monkeypatch.setenv(name, os.environ.get(name, "/tmp"))
+    killer = Killer(tmp_path, seed=17)
+    killer.run(100)
+    assert {kill["kind"] for kill in killer.kills} == set(KINDS)
+    assert {kill["stage"] for kill in killer.kills} >= {"translate", "finetune"}
+    assert sum(kill["inside_write"] for kill in killer.kills) >= 20
 
 
 def _flip_a_byte(killer: Killer) -> None:

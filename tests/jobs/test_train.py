@@ -9,7 +9,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+from s2t2_dist.comm import Comm
+from s2t2_dist.config import load_recipe
+from s2t2_dist.errors import S2T2Error
+from s2t2_dist.training import loop
 from tests.conftest import make_source_model
 from tests.jobs import launching as runs
 
@@ -241,25 +246,31 @@ def test_a_resume_with_a_changed_recipe_is_refused(uninterrupted):
     ],
     ids=["model", "data", "tokenizer", "deepspeed", "source", "tokens"],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(
-    changes, named, source_model, protein_data, tmp_path
+def test_bad_input_is_refused_by_name_before_anything_is_written(
+    changes, named, source_model, protein_data, tmp_path, monkeypatch
 ):
+    """What a start checks first, without a start; the line on the terminal: the next test."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "own.json").write_text('{"train_batch_size": 4}')
     shutil.copytree(source_model, tmp_path / "model")
     if "data" in changes:
         changes = {"data": {"path": str(protein_data), **changes["data"]}}
-    recipe = runs.write_recipe(tmp_path, source_model, protein_data, **changes)
-    assert runs.train(recipe, 0) == 2, runs.output(recipe)
-    errors = [x for x in runs.output(recipe).splitlines() if x.startswith("error:")]
-    assert len(errors) == 1 and named in errors[0], runs.output(recipe)
-    assert "Traceback" not in runs.output(recipe)
-    assert not (tmp_path / "run").exists()
+    path = runs.write_recipe(tmp_path, source_model, protein_data, **changes)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(S2T2Error) as raised:
+        loop._open_inputs(load_recipe(path), Comm(), torch.device("cpu"))
+    assert named in str(raised.value)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_two_ranks_report_a_mistake_once(source_model, protein_data, tmp_path):
+def test_two_ranks_report_a_mistake_once_and_leave_nothing(source_model, protein_data, tmp_path):
     recipe = runs.write_recipe(tmp_path, source_model, protein_data, data={"path": "nodata"})
     assert runs.train(recipe, 2) == 2, runs.output(recipe)
+    errors = [x for x in runs.output(recipe).splitlines() if x.startswith("error:")]
+    assert len(errors) == 1 and "nodata" in errors[0], runs.output(recipe)
     assert runs.output(recipe).count("error: ") == 1
+    assert "Traceback" not in runs.output(recipe)
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_translator_and_baseline_trains(source_model, source_data, protein_data, tmp_path):

@@ -1,6 +1,6 @@
 """Jobs of four ranks each, side by side, in which one rank does something to the others.
 
-`python -m tests.heartbeat_ranks FOLDER` forks every rank of every job from one process, so that
+`python -m tests.run.heartbeat_ranks FOLDER` forks every rank of every job from one process, so that
 torch is imported once. A rank leaves `JOB/RANK.txt` (what it printed); rank 0 leaves `JOB/line`
 where one was lost; `codes.json` holds the exit codes by job.
 """

@@ -1,4 +1,4 @@
-"""Failure detection between real processes: one is killed, frozen, fails or ends before the others."""
+"""Failure detection between real processes: killed, frozen, failing or ending before the others."""
 
 import json
 import os

@@ -186,6 +186,6 @@ def test_ranks_that_cannot_share_the_batch_are_refused():
         planned(ONE_B, "olmo-1b", 3, "translate")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_page_on_sizing_holds_what_its_command_writes():
     assert sizing.PAGE.read_text() == sizing.page()
