@@ -24,9 +24,11 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Move a language model to a new tokenizer by sparse Sinkhorn token translation.",
 )
+config_app = typer.Typer(no_args_is_help=True, help="Recipes as data.")
 translation_app = typer.Typer(no_args_is_help=True, help="Look into a learned translation.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
+app.add_typer(config_app, name="config")
 app.add_typer(translation_app, name="translation")
 
 Overrides = Annotated[
@@ -42,6 +44,9 @@ def train(
     resume: Annotated[
         str, typer.Option(help="auto: from the newest good checkpoint; never; or a checkpoint.")
     ] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Make every check of a start; write nothing.")
+    ] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ):
     """Run a recipe: translate, finetune, evaluate. A run that was stopped goes on.
@@ -55,9 +60,9 @@ def train(
     written, 4 ended because another rank was lost.
     """
     from s2t2_dist.config import load_recipe
-    from s2t2_dist.training import loop
+    from s2t2_dist.training import start
 
-    raise typer.Exit(loop.run(load_recipe(recipe, overrides), resume))
+    raise typer.Exit(start.run(load_recipe(recipe, overrides), resume, dry_run))
 
 
 @app.command("track")
@@ -112,6 +117,20 @@ def plan(
         load_recipe(recipe, overrides), hardware, gpu_memory * GIB, config, vocab_size, context
     )
     print(json.dumps(made.values(), indent=1)) if as_json else show_rich(show(made))
+
+
+@config_app.command("schema")
+def config_schema():
+    """Print the JSON schema of a recipe; editors complete and check recipes by it.
+
+    Example: `s2t2 config schema > recipe.schema.json`, and in the recipe's first line
+    `# yaml-language-server: $schema=recipe.schema.json`
+    """
+    import json
+
+    from s2t2_dist.config import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=2))
 
 
 class Dtype(StrEnum):

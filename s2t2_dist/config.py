@@ -291,6 +291,13 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         raise ConfigError(f"recipe {path}: {_first_problems(error)}") from None
 
 
+def recipe_schema() -> dict:
+    """The JSON schema (2020-12) of a recipe file, by which editors complete and check one."""
+    schema = Recipe.model_json_schema()
+    dialect = "https://json-schema.org/draft/2020-12/schema"
+    return {"$schema": dialect, **schema, "title": "s2t2-dist recipe"}
+
+
 def recipe_values(recipe: Recipe) -> dict:
     """The resolved recipe as plain values (paths as text), as `config.yaml` holds it."""
     return recipe.model_dump(mode="json")

@@ -1,11 +1,21 @@
 """The recipe: overrides, defaults of the paper, and errors that name the key."""
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
 
-from s2t2_dist.config import Finetune, Translate, changed_keys, load_recipe, recipe_values
+from s2t2_dist import cli
+from s2t2_dist.config import (
+    Finetune,
+    Translate,
+    changed_keys,
+    load_recipe,
+    recipe_schema,
+    recipe_values,
+)
 from s2t2_dist.errors import ConfigError
 
 RECIPES = sorted((Path(__file__).parent.parent / "launch" / "recipes").glob("*.yaml"))
@@ -50,6 +60,44 @@ def test_dual_has_a_tolerance_and_room_to_reach_it(write):
     stage = load_recipe(write(MINIMAL), ["stages.translate.method=dual", *fixed]).stages[0]
     assert (stage.iterations, stage.tolerance) == (5, None)
     assert load_recipe(write(MINIMAL)).stages[0].tolerance is None
+
+
+def schema_errors(values):
+    return [error.message for error in Draft202012Validator(recipe_schema()).iter_errors(values)]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_shipped_recipe_follows_the_schema(path):
+    values = yaml.safe_load(path.read_text())
+    assert schema_errors(values) == []
+    assert schema_errors(recipe_values(load_recipe(path))) == []  # and what config.yaml holds
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": 1}, "'seeds' was unexpected"),
+        ({"seed": "many"}, "'many' is not of type 'integer'"),
+        ({"stages": []}, "should be non-empty"),
+        ({"stages": [{"kind": "translate"}]}, "'max_steps' is a required property"),
+        ({"stages": [{"kind": "translat", "max_steps": 1}]}, "translat"),
+    ],
+    ids=["unknown key", "type", "no stage", "missing key", "kind"],
+)
+def test_the_schema_refuses_what_the_reader_refuses(change, message, write):
+    values = {**MINIMAL, **change}
+    validator = Draft202012Validator(recipe_schema())
+    found = list(validator.iter_errors(values))
+    nested = [error for outer in found for error in (outer, *outer.context)]
+    assert any(message in error.message for error in nested), [e.message for e in nested]
+    with pytest.raises(ConfigError):
+        load_recipe(write(values))
+
+
+def test_the_command_prints_the_schema(capsys):
+    assert cli.run(["config", "schema"]) == 0
+    assert json.loads(capsys.readouterr().out) == recipe_schema()
+    Draft202012Validator.check_schema(recipe_schema())
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

@@ -46,17 +46,9 @@ _log = logging.getLogger(__name__)
 def claimed(run_dir: Path, recipe: Recipe, inputs: dict, resume: str) -> Iterator[None]:
     """Make or take over a run directory and hold its lock. On rank 0 only.
 
-    Args:
-        inputs: from `identify_inputs`.
-        resume: `auto`, `never` or the path of a checkpoint, as in `trainer.run`.
-
-    Raises:
-        ConfigError: it is there with another recipe or other inputs (names what changed), or
-            does not fit `resume`.
-        ArtifactError: something else is there.
-        S2T2Error: another job runs in it.
+    Args, Raises: see `check`; and an S2T2Error where another job runs in it.
     """
-    _check(run_dir, recipe, inputs, resume)
+    check(run_dir, recipe, inputs, resume)
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir):
         if not (run_dir / CONFIG).exists():
@@ -125,7 +117,18 @@ def record_loss(run_dir: Path, reason: str) -> None:
             write_status(run_dir, "failed", reason=reason)
 
 
-def _check(run_dir: Path, recipe: Recipe, inputs: dict, resume: str) -> None:
+def check(run_dir: Path, recipe: Recipe, inputs: dict, resume: str) -> None:
+    """Check that a run may start, or go on, in a directory. Writes nothing.
+
+    Args:
+        inputs: from `identify_inputs`.
+        resume: `auto`, `never` or the path of a checkpoint, as in `start.run`.
+
+    Raises:
+        ConfigError: it holds a run with another recipe or other inputs (names what changed), or
+            does not fit `resume`.
+        ArtifactError: it holds something else.
+    """
     config = run_dir / CONFIG
     if not config.exists():
         # A job that was killed as it began may have left these two.

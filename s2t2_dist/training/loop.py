@@ -6,7 +6,6 @@ weights, moments and a position.
 """
 
 import contextlib
-import os
 import random
 import time
 from collections.abc import Callable
@@ -18,22 +17,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from s2t2_dist import comm
 from s2t2_dist.comm import agree
-from s2t2_dist.config import Recipe, Stage, Translate, recipe_values
+from s2t2_dist.config import Stage, recipe_values
 from s2t2_dist.data.batches import Batch, count_predicted, load_batch, read_ahead
 from s2t2_dist.data.evaluate import Evaluation, evaluate
 from s2t2_dist.data.order import rows_at
-from s2t2_dist.data.shards import ShardReader, require_tokenizer
-from s2t2_dist.errors import S2T2Error
 from s2t2_dist.lm import engine
-from s2t2_dist.lm.folder import local_folder
-from s2t2_dist.run import checkpoint, heartbeat
-from s2t2_dist.run.directory import claimed, identify_inputs, read_state, record_loss, write_status
+from s2t2_dist.run import checkpoint, directory
 from s2t2_dist.run.progress import Progress
 from s2t2_dist.run.stopping import StopRequest
-from s2t2_dist.run.tracking import MetricsFile, MLflowShipper, flatten, is_shipped, read_metrics
-from s2t2_dist.training import preflight
+from s2t2_dist.run.tracking import MetricsFile, MLflowShipper, flatten, read_metrics
 from s2t2_dist.training.context import Context, StageRunner
 from s2t2_dist.training.finetune import make_stage
 from s2t2_dist.training.nonfinite import SkippedSteps, require_finite
@@ -47,99 +40,8 @@ class PreemptedError(Exception):
     """A stop was asked for and a checkpoint was written."""
 
 
-def run(recipe: Recipe, resume: str = "auto") -> int:
-    """Run a recipe's stages in its run directory, from its newest checkpoint where there is one.
-
-    Args:
-        resume: `auto` (the newest good checkpoint), `never` (a new directory only) or the path of
-            a checkpoint of this run.
-
-    Returns:
-        the exit code: 0 done, 3 stopped by a signal or the time limit, with a checkpoint written.
-
-    Raises:
-        S2T2Error: a user's mistake, found before anything is written; a full disk; gradients that
-            are no longer finite.
-    """
-    parent = os.getppid()  # before the start, in which it may die
-    device = engine.init_distributed(recipe.collective_timeout)
-    world = comm.world_comm()
-    record = partial(record_loss, recipe.output_dir.resolve())
-    try:
-        with heartbeat.monitored(world, recipe.heartbeat_timeout, record) as await_cause:
-            code = _run_job(recipe, resume, world, device, await_cause, parent)
-    except S2T2Error as error:
-        if error.collective:  # else the other ranks may still be waiting in a collective
-            comm.destroy()
-        raise
-    comm.destroy()
-    return code
-
-
-def _run_job(
-    recipe: Recipe,
-    resume: str,
-    world: comm.Comm,
-    device: torch.device,
-    await_cause: Callable[[BaseException], None],
-    parent: int,
-) -> int:
-    preflight.check_agreement(recipe, world)
-    context = agree(world, lambda: _open_inputs(recipe, world, device), "opening the inputs")
-    preflight.check_room(context)
-    with contextlib.ExitStack() as held:
-        state = agree(world, lambda: _claim(context, resume, held), "making the run directory")
-        preflight.check_shared(context.run_dir, world)
-        if world.broadcast_object(state) != "done":
-            return Trainer(context, resume, await_cause, parent).run()
-        if world.rank == 0:
-            _finish_shipping(context)
-            print(f"{context.run_dir} is done; nothing to do")
-        return EXIT_DONE
-
-
-def _open_inputs(recipe: Recipe, world: comm.Comm, device: torch.device) -> Context:
-    """Check and open what a run reads, before anything is written."""
-    data = recipe.data
-    train = ShardReader(data.path, "train", data.verify)
-    if data.tokenizer is not None:
-        require_tokenizer(train.metadata, data.tokenizer)
-    for stage in recipe.stages:
-        engine.split_batch(stage, world.size)
-    context = Context(
-        recipe=recipe,
-        run_dir=recipe.output_dir.resolve(),
-        comm=world,
-        device=device,
-        deepspeed=engine.load_settings(recipe.deepspeed),
-        train=train,
-        validation=ShardReader(data.path, "validation"),
-    )
-    preflight.check_inputs(context)
-    return context
-
-
-def _claim(context: Context, resume: str, held: contextlib.ExitStack) -> str | None:
-    """On rank 0, make or take over the run directory, and read its state; `held` unlocks it."""
-    if context.comm.rank != 0:
-        return None
-    recipe = context.recipe
-    base = local_folder(recipe.model) if recipe.model.config is None else None
-    translates = [stage for stage in recipe.stages if isinstance(stage, Translate)]
-    others = [path for stage in translates for path in (stage.source_tokens, stage.source_marginal)]
-    data = context.train.directory
-    inputs = identify_inputs(data, context.deepspeed, base, others)
-    held.enter_context(claimed(context.run_dir, recipe, inputs, resume))
-    return read_state(context.run_dir)
-
-
-def _finish_shipping(context: Context) -> None:
-    """Send MLflow what a run that is done could not send at its end."""
-    if context.recipe.tracking.enabled and not is_shipped(context.run_dir):
-        _start_shipper(context).close("FINISHED")
-
-
-def _start_shipper(context: Context) -> MLflowShipper:
+def start_shipper(context: Context) -> MLflowShipper:
+    """What sends MLflow the lines of this run's `metrics.jsonl`. On rank 0 only."""
     params = flatten(recipe_values(context.recipe))
     return MLflowShipper(context.run_dir, context.recipe.tracking, params)
 
@@ -183,7 +85,7 @@ class Trainer:
             counts = [line.get("skipped_steps", 0) for line in read_metrics(self.run_dir)]
             self.skipped.total = max(counts, default=0)
             if self.recipe.tracking.enabled:
-                self.mlflow = _start_shipper(self.context)
+                self.mlflow = start_shipper(self.context)
 
     def run(self) -> int:
         """Run every stage that is not behind the checkpoint; returns the exit code."""
@@ -205,7 +107,7 @@ class Trainer:
 
     def _write_status(self, state: str, **more: object) -> None:
         if self.comm.rank == 0:
-            write_status(self.run_dir, state, **more)
+            directory.write_status(self.run_dir, state, **more)
 
     def _end(self, state: str, mlflow_status: str, **more: object) -> None:
         """Close the files and write the status; only then wait for MLflow, which may be slow."""

@@ -15,7 +15,7 @@ from pathlib import Path
 GRACE_SECONDS = 20
 METHOD = "forkserver"
 PRELOADED = [
-    "s2t2_dist.training.loop",
+    "s2t2_dist.training.start",
     "transformers.models.olmo.modeling_olmo",
     "tests.jobs.distributed",
 ]

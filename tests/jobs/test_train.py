@@ -14,7 +14,7 @@ import torch
 from s2t2_dist.comm import Comm
 from s2t2_dist.config import load_recipe
 from s2t2_dist.errors import S2T2Error
-from s2t2_dist.training import loop
+from s2t2_dist.training import start
 from tests.conftest import make_source_model
 from tests.jobs import launching as runs
 
@@ -219,6 +219,34 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
     assert f"resuming from {newest}\n" in runs.output(recipe)
 
 
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Every path below a folder, with its bytes."""
+    return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def test_a_dry_run_checks_everything_and_writes_nothing(
+    uninterrupted, source_model, protein_data, tmp_path
+):
+    """Of a new run on two ranks; of one that is done, with a key changed or not."""
+    recipe = runs.write_recipe(tmp_path, source_model, protein_data)
+    (tmp_path / "output.txt").touch()
+    before = tree(tmp_path).keys()
+    assert runs.train(recipe, 2, "--dry-run") == 0, runs.output(recipe)
+    printed = runs.output(recipe)
+    assert printed.count(f"{tmp_path / 'run'} would start from step 0\n") == 1
+    assert "translate: 24 steps of 8 rows; each of 2 ranks makes 2 passes of 2 rows" in printed
+    assert printed.count("every check passed; nothing was written\n") == 1
+    assert tree(tmp_path).keys() == before
+
+    done, before = uninterrupted.parent / "recipe.yaml", tree(uninterrupted)
+    assert runs.train(done, 0, "--dry-run") == 0
+    assert f"{uninterrupted} is done\n" in runs.output(done)
+    assert runs.train(done, 0, "--dry-run", "seed=5") == 2
+    errors = [x for x in runs.output(done).splitlines() if x.startswith("error:")]
+    assert len(errors) == 1 and "seed: 17 -> 5" in errors[0]
+    assert tree(uninterrupted) == before
+
+
 def test_a_resume_with_a_changed_recipe_is_refused(uninterrupted):
     recipe = uninterrupted.parent / "recipe.yaml"
     before = (uninterrupted / "status.json").read_bytes()
@@ -258,7 +286,7 @@ def test_bad_input_is_refused_by_name_before_anything_is_written(
     path = runs.write_recipe(tmp_path, source_model, protein_data, **changes)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(S2T2Error) as raised:
-        loop._open_inputs(load_recipe(path), Comm(), torch.device("cpu"))
+        start._open_inputs(load_recipe(path), Comm(), torch.device("cpu"))
     assert named in str(raised.value)
     assert sorted(tmp_path.rglob("*")) == before
 

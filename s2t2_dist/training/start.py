@@ -1,0 +1,151 @@
+"""From a recipe to a run: the checks of a start, the run directory, then the loop."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from s2t2_dist import comm
+from s2t2_dist.comm import agree
+from s2t2_dist.config import Recipe, Translate
+from s2t2_dist.data.shards import ShardReader, require_tokenizer
+from s2t2_dist.errors import S2T2Error
+from s2t2_dist.lm import engine
+from s2t2_dist.lm.folder import local_folder
+from s2t2_dist.run import checkpoint, directory, heartbeat
+from s2t2_dist.run.tracking import is_shipped
+from s2t2_dist.training import preflight
+from s2t2_dist.training.context import Context
+from s2t2_dist.training.loop import EXIT_DONE, Trainer, start_shipper
+
+
+def run(recipe: Recipe, resume: str = "auto", dry_run: bool = False) -> int:
+    """Run a recipe's stages in its run directory, from its newest checkpoint where there is one.
+
+    Args:
+        resume: `auto` (the newest good checkpoint), `never` (a new directory only) or the path of
+            a checkpoint of this run.
+        dry_run: make every check of a start and write nothing.
+
+    Returns:
+        the exit code: 0 done, 3 stopped by a signal or the time limit, with a checkpoint written.
+
+    Raises:
+        S2T2Error: a user's mistake, found before anything is written; a full disk; gradients that
+            are no longer finite.
+    """
+    parent = os.getppid()  # before the start, in which it may die
+    device = engine.init_distributed(recipe.collective_timeout)
+    world = comm.world_comm()
+    record = partial(directory.record_loss, recipe.output_dir.resolve())
+    try:
+        with heartbeat.monitored(world, recipe.heartbeat_timeout, record) as await_cause:
+            context = _open(recipe, world, device)
+            if dry_run:
+                agree(world, lambda: _report_start(context, resume), "looking at the run directory")
+                code = EXIT_DONE
+            else:
+                code = _run_job(context, resume, await_cause, parent)
+    except S2T2Error as error:
+        if error.collective:  # else the other ranks may still be waiting in a collective
+            comm.destroy()
+        raise
+    comm.destroy()
+    return code
+
+
+def _open(recipe: Recipe, world: comm.Comm, device: torch.device) -> Context:
+    """Make the checks that look at no run directory. A collective."""
+    preflight.check_agreement(recipe, world)
+    context = agree(world, lambda: _open_inputs(recipe, world, device), "opening the inputs")
+    preflight.check_room(context)
+    return context
+
+
+def _run_job(
+    context: Context,
+    resume: str,
+    await_cause: Callable[[BaseException], None],
+    parent: int,
+) -> int:
+    world = context.comm
+    with contextlib.ExitStack() as held:
+        state = agree(world, lambda: _claim(context, resume, held), "making the run directory")
+        preflight.check_shared(context.run_dir, world)
+        if world.broadcast_object(state) != "done":
+            return Trainer(context, resume, await_cause, parent).run()
+        if world.rank == 0:
+            _finish_shipping(context)
+            print(f"{context.run_dir} is done; nothing to do")
+        return EXIT_DONE
+
+
+def _open_inputs(recipe: Recipe, world: comm.Comm, device: torch.device) -> Context:
+    """Check and open what a run reads, before anything is written."""
+    data = recipe.data
+    train = ShardReader(data.path, "train", data.verify)
+    if data.tokenizer is not None:
+        require_tokenizer(train.metadata, data.tokenizer)
+    for stage in recipe.stages:
+        engine.split_batch(stage, world.size)
+    context = Context(
+        recipe=recipe,
+        run_dir=recipe.output_dir.resolve(),
+        comm=world,
+        device=device,
+        deepspeed=engine.load_settings(recipe.deepspeed),
+        train=train,
+        validation=ShardReader(data.path, "validation"),
+    )
+    preflight.check_inputs(context)
+    return context
+
+
+def _claim(context: Context, resume: str, held: contextlib.ExitStack) -> str | None:
+    """On rank 0, make or take over the run directory, and read its state; `held` unlocks it."""
+    if context.comm.rank != 0:
+        return None
+    claimed = directory.claimed(context.run_dir, context.recipe, _inputs(context), resume)
+    held.enter_context(claimed)
+    return directory.read_state(context.run_dir)
+
+
+def _inputs(context: Context) -> dict:
+    """What identifies the files that the run reads."""
+    recipe = context.recipe
+    base = local_folder(recipe.model) if recipe.model.config is None else None
+    translates = [stage for stage in recipe.stages if isinstance(stage, Translate)]
+    others = [path for stage in translates for path in (stage.source_tokens, stage.source_marginal)]
+    data = context.train.directory
+    return directory.identify_inputs(data, context.deepspeed, base, others)
+
+
+def _report_start(context: Context, resume: str) -> None:
+    """On rank 0, check the run directory and print what a start would do."""
+    if context.comm.rank != 0:
+        return
+    run_dir, ranks = context.run_dir, context.comm.size
+    directory.check(run_dir, context.recipe, _inputs(context), resume)
+    saved = checkpoint.list_checkpoints(run_dir)
+    start = f"would resume from {saved[0].name}" if saved else "would start from step 0"
+    if directory.read_state(run_dir) == "done":
+        start = "is done"
+    print(f"{run_dir} {start}")
+    for stage in context.recipe.stages:
+        rows, passes = engine.split_batch(stage, ranks)
+        print(
+            f"{stage.name}: {stage.max_steps} steps of {stage.train_batch_size} rows; "
+            f"each of {ranks} ranks makes {passes} passes of {rows} rows per step"
+        )
+    need = preflight.needs(context)
+    memory, disk = need.memory / preflight.GIB, need.checkpoint / preflight.GIB
+    print(f"at least {memory:.2f} GiB of memory for each rank, {disk:.2f} GiB for each checkpoint")
+    print("every check passed; nothing was written")
+
+
+def _finish_shipping(context: Context) -> None:
+    """Send MLflow what a run that is done could not send at its end."""
+    if context.recipe.tracking.enabled and not is_shipped(context.run_dir):
+        start_shipper(context).close("FINISHED")
