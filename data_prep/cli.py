@@ -21,10 +21,11 @@ OutDir = Annotated[Path, typer.Option("--out", help="Folder to make; never overw
 Strict = Annotated[
     bool,
     typer.Option(
-        "--strict", help="Refuse what is otherwise left out and counted: bad letters, no text."
+        "--strict",
+        help="Refuse bad letters and empty documents; otherwise they are skipped and counted.",
     ),
 ]
-TextField = Annotated[str, typer.Option("--field", help="Of a JSON line, that holds the text.")]
+TextField = Annotated[str, typer.Option("--field", help="JSON field that holds the text.")]
 
 
 KindOption = Annotated[
@@ -45,7 +46,10 @@ def tokenizer_train(
         int, typer.Option(min=1, help="Tokens in all, special tokens included.")
     ] = 512,
     sample: Annotated[
-        int, typer.Option(min=1, max=2**31 - 1, help="Characters to train on (90 bytes each).")
+        int,
+        typer.Option(
+            min=1, max=2**31 - 1, help="Characters to train on; each takes 90 bytes of memory."
+        ),
     ] = 20_000_000,
     kind: KindOption = "bpe",
     algorithm: AlgorithmOption = "bpe",
@@ -127,20 +131,23 @@ def data_build(
     tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json.")],
     context: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
     validation_fraction: Annotated[
-        float, typer.Option(help="Share of documents held out, by the hash of their ids.")
+        float, typer.Option(help="Share of documents held out, chosen by the hash of their ids.")
     ] = 0.01,
     characters: Annotated[
         bool, typer.Option("--characters", help="One token for every character.")
     ] = False,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**31 - 1, help="Of the document order; not of the split.")
+        int,
+        typer.Option(
+            min=0, max=2**31 - 1, help="Seed of the document order; the split ignores it."
+        ),
     ] = 0,
     packing: Annotated[
         Literal["concatenate", "best-fit"],
-        typer.Option(help="End to end, or no document cut that fits into a row."),
+        typer.Option(help="Documents end to end, or none cut that fits into a row."),
     ] = "concatenate",
     drop_ids: Annotated[
-        Path | None, typer.Option(help="File of ids to leave out, first on each line.")
+        Path | None, typer.Option(help="File whose lines begin with the id of a document to skip.")
     ] = None,
     strict: Strict = False,
     field: TextField = "text",
@@ -151,11 +158,11 @@ def data_build(
         int, typer.Option(envvar="RANK", min=0, help="Which share of the work to do.")
     ] = 0,
     ranks: Annotated[
-        int, typer.Option(envvar="WORLD_SIZE", min=1, help="How many share the work.")
+        int, typer.Option(envvar="WORLD_SIZE", min=1, help="Number of ranks that share the work.")
     ] = 1,
     only: Annotated[
         Literal["encode", "pack", "seal"] | None,
-        typer.Option(help="One step, for ranks that run at different times."),
+        typer.Option(help="Do one step; for ranks that run at different times."),
     ] = None,
 ):
     """Tokenize documents into Arrow shards of fixed-length rows, split into train and validation.

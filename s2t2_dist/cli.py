@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Move a language model to a new tokenizer by sparse Sinkhorn token translation.",
 )
-config_app = typer.Typer(no_args_is_help=True, help="Recipes as data.")
+config_app = typer.Typer(no_args_is_help=True, help="Recipes: print their schema.")
 translation_app = typer.Typer(no_args_is_help=True, help="Look into a learned translation.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
@@ -33,25 +33,29 @@ app.add_typer(translation_app, name="translation")
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="stages.translate.max_steps=50"),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Settings that replace the recipe's: stages.translate.max_steps=50",
+    ),
 ]
 
 
 @app.command("train")
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML, see launch/recipes/.")],
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe; see launch/recipes/.")],
     overrides: Overrides = None,
     resume: Annotated[
-        str, typer.Option(help="auto: from the newest good checkpoint; never; or a checkpoint.")
+        str,
+        typer.Option(help="auto (newest good checkpoint), never (new directory only), or a path."),
     ] = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Make every check of a start; write nothing.")
     ] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ):
-    """Run a recipe: translate, finetune, evaluate. A run that was stopped goes on.
+    """Run a recipe: translate, finetune, evaluate. The same command resumes a stopped run.
 
-    Alone: `s2t2 train launch/recipes/quickstart.yaml output_dir=runs/mine`
+    In one process: `s2t2 train launch/recipes/quickstart.yaml output_dir=runs/mine`
 
     On many devices: `launch/run_node.sh --gpus 8 launch/recipes/quickstart.yaml`, or
     `deepspeed --module s2t2_dist.train launch/recipes/quickstart.yaml`
@@ -69,10 +73,10 @@ def train(
 def track(
     run_dir: Annotated[Path, typer.Argument(help="A run's output_dir; no job may run in it.")],
     seconds: Annotated[
-        float, typer.Option(min=1, help="How long the MLflow server may take.")
+        float, typer.Option(min=1, help="Seconds to wait for the MLflow server.")
     ] = 60.0,
 ):
-    """Send MLflow the metrics of a run that it could not be reached for; each arrives once.
+    """Upload metrics that MLflow could not receive; each arrives once.
 
     `MLFLOW_TRACKING_URI`, where set, wins over the recipe's `tracking.uri`.
 
@@ -85,21 +89,24 @@ def track(
 
 @app.command("plan")
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="YAML, see launch/recipes/.")],
-    gpus: Annotated[int, typer.Option(min=1, help="Of the whole job.")],
-    gpu_memory: Annotated[float, typer.Option(min=0.001, help="Of each GPU, in GiB.")],
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe; see launch/recipes/.")],
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the whole job.")],
+    gpu_memory: Annotated[float, typer.Option(min=0.001, help="Memory of each GPU, in GiB.")],
     overrides: Overrides = None,
-    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each node.")] = 8,
     config: Annotated[
-        Path | None, typer.Option(help="Folder with config.json, instead of the recipe's model.")
+        Path | None,
+        typer.Option(help="Folder with the model's config.json; default: the recipe's."),
     ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option(min=1, help="Of the data, where it is not here yet.")
+        int | None, typer.Option(min=1, help="Vocabulary of data that is not built yet.")
     ] = None,
-    context: Annotated[int | None, typer.Option(min=1, help="Of the data, likewise.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs; sizes in bytes.")] = False,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per row of data that is not built yet.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; sizes in bytes.")] = False,
 ):
-    """Say what memory, traffic and disk a recipe needs, and which ds_configs/ file fits.
+    """Estimate memory, traffic and disk; pick a DeepSpeed config.
 
     By arithmetic from the model's config; nothing is measured and no weights are read.
 
@@ -146,7 +153,9 @@ def evaluate(
     data_dir: Annotated[Path, typer.Argument(help="What `s2t2 data build` made.")],
     split: Annotated[str, typer.Option(help="train or validation.")] = "validation",
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per pass.")] = 16,
-    dtype: Annotated[Dtype | None, typer.Option(help="Default: as stored.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of weights and activations; default: as stored.")
+    ] = None,
 ):
     """Print loss, perplexity and bits per byte of a model folder on every row of a split.
 
@@ -163,7 +172,9 @@ def evaluate(
 def export(
     run_dir: Annotated[Path, typer.Argument(help="A finished run's output_dir.")],
     out: OutDir,
-    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
+    max_shard_size: Annotated[
+        str, typer.Option(help="Size of the largest safetensors file.")
+    ] = "5GB",
 ):
     """Write a finished run's model as a Hugging Face folder, verified before it appears.
 
@@ -195,13 +206,14 @@ def translation_show(
     path: Annotated[Path, typer.Argument(help="A run's translation/ folder.")],
     top: Annotated[int, typer.Option(min=1, help="Source tokens per target token.")] = 5,
     source_tokenizer: Annotated[
-        Path | None, typer.Option(help="Folder; default: the base model's, where it still is.")
+        Path | None,
+        typer.Option(help="Tokenizer folder; default: the base model's, if it is there."),
     ] = None,
     target_tokenizer: Annotated[
-        Path | None, typer.Option(help="Folder; default: the data's, where it still is.")
+        Path | None, typer.Option(help="Tokenizer folder; default: the data's, if it is there.")
     ] = None,
 ):
-    """Print a plan's numbers and what its sharpest target tokens are made of.
+    """Print a plan's statistics and the source tokens behind its sharpest target tokens.
 
     Example: `s2t2 translation show runs/quickstart/translation`
     """

@@ -144,12 +144,12 @@ class Translate(Stage):
         "constraint",
     )
     iterations: Positive = Field(
-        3, description="Sinkhorn iterations n; of dual the most of a solve, 100 unless given"
+        3, description="Sinkhorn iterations n; for dual the limit of a solve, 100 by default"
     )
     tolerance: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="of dual only: the largest relative error of a row sum at which a solve ends, "
-        "1e-3 unless given; null takes every iteration",
+        description="dual only: a solve ends when no row sum is off by a larger share, 1e-3 by "
+        "default; null takes every iteration",
     )
     plans: Literal["shared", "separate"] = Field(
         "shared", description="one P, or one for E and one for L at twice the memory and time"
@@ -167,7 +167,7 @@ class Translate(Stage):
         "uniform",
         description="mu: uniform, or a directory of `s2t2 data build` in the source tokenizer, "
         "whose token frequencies it takes (over at most 32,768 rows of the train split); a token "
-        "that they do not hold gets no row of P",
+        "that does not occur there gets no row of P",
     )
     target_marginal: Literal["uniform", "frequency"] = Field(
         "uniform",
@@ -224,16 +224,17 @@ class Recipe(_Strict):
     tracking: TrackingConfig = TrackingConfig()
     save_total_limit: Positive = Field(2, description="newest checkpoints kept")
     keep_steps: Positive | None = Field(
-        None, description="checkpoints at multiples of so many steps of a stage stay for good"
+        None, description="keep checkpoints at multiples of so many steps of a stage for good"
     )
     max_hours: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="time limit of one job: it saves and exits with code 3 before it"
+        None, description="time limit of one job, which saves and exits with code 3 before it"
     )
     max_bad_steps: Positive = Field(
-        5, description="end the run after so many steps in a row without a finite gradient"
+        5, description="end the run after so many non-finite gradients in a row"
     )
     collective_timeout: Positive = Field(
-        1800, description="seconds that ranks wait for the slowest (rank 0 may fold a large model)"
+        1800,
+        description="seconds that a collective waits for the slowest rank, which may fold a model",
     )
     heartbeat_timeout: Positive = Field(
         20, description="seconds without a heartbeat after which a rank counts as lost"

@@ -97,9 +97,9 @@ def gives_finite_logits(
     device: torch.device,
     comm: Comm,
 ) -> bool:
-    """Whether any row of one pass over a split gets finite logits; if not, weights are lost.
+    """Whether any row of one pass over a split has finite logits; if none has, the model diverged.
 
-    One row that overflows is no reason to give a model up. A collective; arguments as `evaluate`.
+    Some rows may overflow without that. A collective; arguments as `evaluate`.
     """
     rows = np.arange(comm.rank * batch_size, (comm.rank + 1) * batch_size) % len(reader)
     with torch.no_grad():

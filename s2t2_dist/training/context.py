@@ -34,9 +34,9 @@ class Context:
 
 
 def or_nan(loss: torch.Tensor) -> torch.Tensor:
-    """The loss itself; where it is not finite, one whose every gradient is NaN.
+    """The loss; if it is not finite, one whose gradients are all NaN.
 
-    So a loss that is lost on one rank shows in the norm of the summed gradient on all of them.
+    The norm of the summed gradient then shows it on every rank.
     """
     return loss * torch.where(loss.isfinite(), 1.0, torch.nan)
 
@@ -47,7 +47,7 @@ class StageRunner(Protocol):
     def train_step(
         self, batches: list[Batch], predicted: int, learning_rate: float
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """One optimizer step; none, on any rank, where `grad_norm` of the metrics is not finite.
+        """One optimizer step. If the metric `grad_norm` is not finite, no rank changes a weight.
 
         Args:
             batches: this rank's micro-batches.

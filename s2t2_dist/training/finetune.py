@@ -106,8 +106,8 @@ class WeightStage:
         if zero != 3:
             raise collective(
                 ConfigError(
-                    f"{directory} was written by {world_size} ranks under ZeRO {zero}, which only "
-                    f"as many can load: start with {world_size} (ZeRO 3 resumes with any number)"
+                    f"{directory} was written by {world_size} ranks under ZeRO {zero} and needs as "
+                    f"many to load: start with {world_size} (ZeRO 3 resumes with any number)"
                 )
             )
         with reshard.converted(directory, self.context.comm) as copy:

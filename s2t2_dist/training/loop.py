@@ -78,7 +78,7 @@ class Trainer:
         agree(self.comm, self._open_metrics, "opening the metrics")
 
     def _open_metrics(self) -> None:
-        """On rank 0, open the files that it writes."""
+        """Open the metrics file and MLflow; on rank 0 only."""
         if self.comm.rank == 0:
             self.metrics = MetricsFile(self.run_dir)
             self.metrics.truncate(self.position.metrics_bytes if self.position else 0)
@@ -88,7 +88,7 @@ class Trainer:
                 self.mlflow = start_shipper(self.context)
 
     def run(self) -> int:
-        """Run every stage that is not behind the checkpoint; returns the exit code."""
+        """Run the stages from the checkpoint's on; returns the exit code."""
         first = self.position.stage_index if self.position else 0
         self._write_status("running", stage=self.recipe.stages[first].name)
         try:
@@ -179,7 +179,7 @@ class Trainer:
     def _batches(self, index: int, step: int) -> tuple[list[Batch], int]:
         """This rank's micro-batches of a step, and the predicted tokens of the whole step.
 
-        A stage goes on in the order of the rows where the stages before it stopped.
+        The stages share one order of the rows: each continues where the one before stopped.
         """
         reader = self.context.train
         *before, stage = self.recipe.stages[: index + 1]
@@ -218,7 +218,7 @@ class Trainer:
         """Write a checkpoint.
 
         Raises:
-            S2T2Error: on every rank, where the weights are lost: they are never saved.
+            S2T2Error: on every rank, if the model has diverged; nothing is saved.
         """
         started = time.monotonic()
         require_finite(runner, self.context, stage, step)
@@ -229,7 +229,7 @@ class Trainer:
         self.stop.saved(time.monotonic() - started)
 
     def _stop_asked(self) -> bool:
-        """Whether any rank was told to stop; every rank gives the same answer."""
+        """Whether any rank was asked to stop: the same answer on every rank."""
         flag = torch.tensor([int(self.stop.asked())], device=self.context.device)
         return bool(self.comm.max_(flag))
 

@@ -33,10 +33,10 @@ def run(recipe: Recipe, resume: str = "auto", dry_run: bool = False) -> int:
         the exit code: 0 done, 3 stopped by a signal or the time limit, with a checkpoint written.
 
     Raises:
-        S2T2Error: a user's mistake, found before anything is written; a full disk; gradients that
-            are no longer finite.
+        S2T2Error: a user's mistake, found before anything is written; a full disk; a model
+            that has diverged.
     """
-    parent = os.getppid()  # before the start, in which it may die
+    parent = os.getppid()  # taken now: it may die during the start
     device = engine.init_distributed(recipe.collective_timeout)
     world = comm.world_comm()
     record = partial(directory.record_loss, recipe.output_dir.resolve())
@@ -57,7 +57,7 @@ def run(recipe: Recipe, resume: str = "auto", dry_run: bool = False) -> int:
 
 
 def _open(recipe: Recipe, world: comm.Comm, device: torch.device) -> Context:
-    """Make the checks that look at no run directory. A collective."""
+    """Make every check that needs no run directory. A collective."""
     preflight.check_agreement(recipe, world)
     context = agree(world, lambda: _open_inputs(recipe, world, device), "opening the inputs")
     preflight.check_room(context)
@@ -146,6 +146,6 @@ def _report_start(context: Context, resume: str) -> None:
 
 
 def _finish_shipping(context: Context) -> None:
-    """Send MLflow what a run that is done could not send at its end."""
+    """Send MLflow what a finished run could not send at its end."""
     if context.recipe.tracking.enabled and not is_shipped(context.run_dir):
         start_shipper(context).close("FINISHED")
