@@ -1,7 +1,13 @@
-"""From FASTA or text to a tokenizer and to Arrow shards of fixed-length rows of token ids.
+"""Turn FASTA or text into a tokenizer and Arrow shards: rows of token ids, all of one length.
 
-Read in this order: `sources` (files as chunks), `readers` (chunks as documents), `trainers` and
-`tokenizer`, `encode` and `bpe` (documents as token ids), `parts` and `packing` (token ids as rows),
-`steps` and `build` (all of it as jobs that many processes share), `workers`. Beside them: `cli`,
-`requests`, `statistics` and `release`. `docs/data.md` says how to use it.
+Read the modules in this order:
+
+1. `sources` cuts files into chunks, `readers` parses chunks into documents.
+2. `trainers` and `tokenizer` train and load tokenizers.
+3. `encode` and `bpe` turn documents into token ids.
+4. `parts` and `packing` turn token ids into rows.
+5. `steps` and `build` make all of this a job that many processes share; `workers` runs them.
+
+`cli` holds the commands, `requests` records what a result is made from, `statistics` measures
+tokenizers, and `release` checks a download. How to use them: `docs/data.md`.
 """

@@ -1,6 +1,6 @@
-// Byte pair encoding of whole texts that no pre-tokenizer cuts, for bpe.py. The steps, and so the
-// tokens, are those of `Word::merge_all` in Hugging Face tokenizers: of all neighbours that a merge
-// knows, those of the lowest rank are joined first, from the left.
+// Byte pair encoding of whole texts (without a pre-tokenizer), for bpe.py. It takes the same steps
+// as `Word::merge_all` in Hugging Face tokenizers and so gives the same tokens: among all
+// neighbouring pairs that have a merge, it joins those of the lowest rank first, from left to right.
 
 #include <algorithm>
 #include <cstdint>
@@ -13,7 +13,7 @@ constexpr int32_t NONE = -1;
 
 struct Merge {
     uint64_t pair;  // left id << 32 | right id
-    int32_t rank;   // NONE: an empty place of the table
+    int32_t rank;   // NONE marks an empty slot of the table
     uint32_t joined;
 };
 
@@ -23,7 +23,7 @@ struct Symbol {
     bool gone;
 };
 
-// The rules of a tokenizer: a hash table with open addressing, at most half full.
+// The merges of a tokenizer: a hash table with open addressing, at most half full.
 class Rules {
 public:
     Rules(const uint32_t* merges_M3, int64_t M, const int32_t* id_of_byte) {
@@ -34,11 +34,11 @@ public:
             const uint32_t* merge = merges_M3 + 3 * m;
             joined_.push_back(merge[2]);
             uint64_t pair = uint64_t{merge[0]} << 32 | merge[1];
-            *place(pair) = Merge{pair, static_cast<int32_t>(m), merge[2]};
+            *slot(pair) = Merge{pair, static_cast<int32_t>(m), merge[2]};
         }
     }
 
-    // Writes the ids of one text; returns their number, or -1 at a byte that has no id.
+    // Writes the token ids of one text. Returns their number, or -1 if a byte has no id.
     template <typename T>
     int64_t encode(const uint8_t* text, int64_t size, T* out) {
         symbols_.clear();
@@ -70,12 +70,12 @@ public:
     }
 
 private:
-    // Joins a symbol with the next one, unless something else became of them since they queued.
+    // Joins a symbol with the next one, unless an earlier merge has changed the pair.
     void join(int32_t at, uint32_t joined) {
         Symbol& left = symbols_[at];
         if (left.gone || left.next == NONE) return;
         Symbol& right = symbols_[left.next];
-        const Merge* merge = place(uint64_t{left.id} << 32 | right.id);
+        const Merge* merge = slot(uint64_t{left.id} << 32 | right.id);
         if (merge->rank == NONE || merge->joined != joined) return;
         left.id = joined;
         left.next = right.next;
@@ -87,16 +87,17 @@ private:
             std::push_heap(later_.begin(), later_.end(), std::greater<>());
     }
 
-    // Queues a symbol and its next, by rank and then place, if a merge knows them.
+    // Queues a symbol and the next one if the pair has a merge. Entries compare by rank, then
+    // position.
     bool add(int32_t at, std::vector<uint64_t>& queue) {
         const Symbol& left = symbols_[at];
-        const Merge* merge = place(uint64_t{left.id} << 32 | symbols_[left.next].id);
+        const Merge* merge = slot(uint64_t{left.id} << 32 | symbols_[left.next].id);
         if (merge->rank == NONE) return false;
         queue.push_back(static_cast<uint64_t>(merge->rank) << 32 | static_cast<uint32_t>(at));
         return true;
     }
 
-    // Sorts by rank, a byte at a time; places ascend already.
+    // Radix sort by rank, one byte per pass. It is stable, and positions ascend already.
     void sort_first() {
         scratch_.resize(first_.size());
         for (int shift = 32; joined_.size() >> (shift - 32); shift += 8) {
@@ -108,7 +109,8 @@ private:
         }
     }
 
-    Merge* place(uint64_t pair) {
+    // The slot of a pair: it holds the pair's merge, or is empty.
+    Merge* slot(uint64_t pair) {
         size_t at = (pair * 0x9E3779B97F4A7C15u) >> (64 - bits_);
         while (table_[at].rank != NONE && table_[at].pair != pair) at = (at + 1) & (table_.size() - 1);
         return &table_[at];
@@ -119,7 +121,8 @@ private:
     std::vector<Merge> table_;
     std::vector<uint32_t> joined_;  // by rank
     std::vector<Symbol> symbols_;
-    // What waits to be joined, as rank << 32 | place: at the start, sorted, and since, as a heap.
+    // Queued pairs as rank << 32 | position. `first_` holds those of the text itself, sorted;
+    // `later_` is a heap of those that joins have created.
     std::vector<uint64_t> first_, scratch_, later_;
 };
 

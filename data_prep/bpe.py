@@ -1,8 +1,9 @@
-"""bpe.cpp behind the one question that matters: is it this tokenizer, token for token?
+"""A fast BPE encoder (bpe.cpp) for the tokenizers that it reproduces token for token.
 
-`tokenizers` spends four fifths of its time on strings and offsets that sharding never looks at.
-Its BPE is repeated here for tokenizers that are nothing but merges over single bytes, as this
-project's protein tokenizers are; all others, and all where there is no compiler, stay with it.
+`tokenizers` spends four fifths of its time on strings and offsets that sharding does not use.
+bpe.cpp covers tokenizers that consist of merges over single ASCII bytes and nothing else, such as
+this project's protein tokenizers. All other tokenizers, and machines without a C++ compiler, use
+`tokenizers`.
 """
 
 import ctypes
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer
 from s2t2_dist.compiled import load_compiled
 
 SOURCE = Path(__file__).with_name("bpe.cpp")
-# Settings of a BPE model that change its tokens, as they are when they change nothing.
+# Settings of a BPE model that can change its tokens, and the values with which they do not.
 PLAIN = {
     "dropout": (None, 0.0),
     "continuing_subword_prefix": (None, ""),
@@ -28,7 +29,7 @@ PLAIN = {
 
 
 class PlainBPE:
-    """The merges of a tokenizer, ready to encode; see `plain_bpe`."""
+    """The merges of a tokenizer, ready to encode. `plain_bpe` makes it."""
 
     def __init__(self, library: ctypes.CDLL, model: dict):
         ids: dict[str, int] = model["vocab"]
@@ -47,14 +48,14 @@ class PlainBPE:
     def encode(
         self, texts: Sequence[bytes], end_token_id: int, dtype: np.dtype
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Encode texts (D of them), the end token behind each.
+        """Encode D texts, each followed by the end token.
 
         Args:
-            dtype: uint16 or uint32.
+            dtype: of the token ids, uint16 or uint32.
 
         Returns:
-            Their tokens end to end, and how many each has, (D,) int64; None if one of them holds
-            a byte that has no token.
+            Token ids of all texts end to end, and the number of tokens of each text, (D,) int64;
+            both include the end tokens. None if a text contains a byte that has no token.
         """
         sizes_D = np.fromiter(map(len, texts), np.int64, len(texts))
         tokens = np.empty(int(sizes_D.sum()) + len(texts), dtype)
@@ -67,7 +68,7 @@ class PlainBPE:
 
 
 def plain_bpe(tokenizer: Tokenizer) -> PlainBPE | None:
-    """The same tokenizer, faster; None if it is more than merges over the bytes of ASCII."""
+    """The same tokenizer as a `PlainBPE`; None if it is not that plain or nothing compiles."""
     rules = json.loads(tokenizer.to_str())
     model = rules["model"]
     plain = (
@@ -84,7 +85,7 @@ def plain_bpe(tokenizer: Tokenizer) -> PlainBPE | None:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     return load_compiled(
-        SOURCE, "bpe.cpp could not be compiled, and `tokenizers`, three times slower, is used"
+        SOURCE, "bpe.cpp is not available; using `tokenizers`, which is three times slower"
     )
 
 

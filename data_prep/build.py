@@ -1,14 +1,14 @@
-"""`s2t2 data build`: documents -> a sealed directory of Arrow shards that `ShardReader` reads.
+"""`s2t2 data build`: turn documents into a sealed directory of Arrow shards for `ShardReader`.
 
-Three steps, each of them files that are there or not, so that a killed build goes on where it was
-and any number of processes on any number of machines can share the work:
+A build has three steps:
 
-1. encode: the input, cut into chunks, becomes one part for each (`parts`);
-2. pack: the parts, merged in the order of the keys, become shards (`packing`);
-3. seal: the manifest, and one rename puts the directory in its place.
+1. encode: read the input in chunks and write one part per chunk (`parts`);
+2. pack: merge the parts in key order into shards (`packing`);
+3. seal: write the manifest and rename the directory to its final name.
 
-Until then everything is in `.NAME.partial` beside the target. No byte of the result depends on how
-many processes took part.
+Each file is written atomically into `.NAME.partial` beside the target. So a killed build continues
+where it stopped, and any number of processes on any number of machines can share the work. The
+bytes of the result do not depend on how many processes took part.
 """
 
 import time
@@ -37,10 +37,10 @@ from s2t2_dist.errors import DataError, S2T2Error
 
 __all__ = ["BuildOptions", "Jobs", "build_shards", "is_validation"]
 
-# How long a rank waits for the others while none of them writes anything.
+# How long a rank waits for the others while none of them finishes a file.
 PATIENCE_SECONDS = 3600.0
 POLL_SECONDS = 0.2
-# Compressed bytes below which starting processes takes longer than the work.
+# Below so many bytes of input files, starting processes takes longer than the work.
 SMALL_INPUT = 2 << 20
 
 Step = Literal["encode", "pack", "seal"]
@@ -48,12 +48,12 @@ Step = Literal["encode", "pack", "seal"]
 
 @dataclass(frozen=True)
 class Jobs:
-    """Who does the work; changes no byte of the result.
+    """How the work is shared. It changes no byte of the result.
 
     Attributes:
         workers: processes of this rank.
-        rank, ranks: which share of the work is done here. Ranks need a common file system.
-        only: do one step and stop; for ranks that do not run at the same time.
+        rank, ranks: this rank's number, from 0, and how many there are. They share a file system.
+        only: run one step and stop; for ranks that do not run at the same time.
     """
 
     workers: int = 1
@@ -63,7 +63,10 @@ class Jobs:
 
     def __post_init__(self):
         if not 0 <= self.rank < self.ranks:
-            raise DataError(f"rank {self.rank} is not one of {self.ranks}; they count from 0")
+            raise DataError(
+                f"rank {self.rank} is not one of {self.ranks} ranks; give one from 0 to "
+                f"{self.ranks - 1}"
+            )
 
 
 def build_shards(
@@ -75,18 +78,20 @@ def build_shards(
 ) -> bool:
     """Encode, split, order and pack documents into `target`, sealed with a manifest.
 
-    A build that was killed goes on. A mistake in the input removes what was made so far where one
-    rank does all of it; a full disk does not.
+    A killed build continues where it stopped. After bad input a build with one rank removes its
+    unfinished files; after a full disk every build keeps them.
 
     Returns:
-        False if `target` already holds exactly this.
+        False if `target` already is the result of the same inputs and options.
 
     Raises:
         DataError: bad input, or a character that the tokenizer cannot encode.
-        ArtifactError: `target` exists and is something else, or an unfinished other build is there.
+        ArtifactError: `target` or its unfinished build was made from other inputs or options.
+        S2T2Error: the disk is full or read-only, a worker was killed, or files of another rank
+            are missing.
     """
     for path in inputs:
-        detect_format(path)  # a wrong name is reported before gigabytes are hashed
+        detect_format(path)  # report a wrong file before hashing gigabytes
     tokenizer = load_tokenizer(tokenizer_dir)
     request = _request(inputs, tokenizer, options)
     if already_made(target, request):
@@ -95,7 +100,7 @@ def build_shards(
     steps = Steps(tokenizer_dir, options, request, tuple(inputs), partial, jobs.rank)
     if sum(path.stat().st_size for path in inputs) < SMALL_INPUT:
         jobs = Jobs(1, jobs.rank, jobs.ranks, jobs.only)
-    plain_bpe(tokenizer.backend)  # compiled here, before every worker would do it
+    plain_bpe(tokenizer.backend)  # compile once, before the workers start
     try:
         _Build(steps, jobs, target).run()
     except DataError:
@@ -106,7 +111,7 @@ def build_shards(
         problem = artifacts.disk_error(error, f"building {target}")
         if problem is None:
             raise
-        raise S2T2Error(f"{problem}; what is done stays in {partial}") from None
+        raise S2T2Error(f"{problem}; finished files stay in {partial}") from None
     return True
 
 
@@ -137,7 +142,7 @@ class _Build:
         self.steps, self.jobs, self.target = steps, jobs, target
 
     def run(self) -> None:
-        """Do the steps; several ranks wait between them until all have done theirs."""
+        """Run the steps. After each, ranks that run at the same time wait for one another."""
         only, steps = self.jobs.only, self.steps
         if self.jobs.ranks == 1:
             steps.remove_temporaries()
@@ -165,7 +170,7 @@ class _Build:
                 pass
 
     def _own_chunks(self, open_file: OpenFile) -> Iterator[tuple[Chunk]]:
-        """The chunks of this rank that have no part yet."""
+        """Yield this rank's chunks that have no part yet; rank 0 then records their number."""
         count = 0
         for chunk in read_chunks(self.steps.inputs, None, open_file):
             count += 1
@@ -198,10 +203,10 @@ class _Build:
         return number % self.jobs.ranks == self.jobs.rank
 
     def _wait(self, missing: Callable[[], list | None], step: Step) -> None:
-        """Return when nothing is missing; others may be at it.
+        """Return when no file of a step is missing; wait if other ranks run at the same time.
 
         Raises:
-            S2T2Error: nobody is, or none of them writes anything any more.
+            S2T2Error: files are missing, and no other rank runs or none of them makes progress.
         """
         waiting = self.jobs.ranks > 1 and self.jobs.only is None
         last, since = None, time.monotonic()
@@ -209,9 +214,9 @@ class _Build:
             if left != last:
                 last, since = left, time.monotonic()
             if not waiting or time.monotonic() - since > PATIENCE_SECONDS:
-                what = "nobody knows how much of" if left is None else f"{len(left)} files of"
+                count = "an unknown number" if left is None else len(left)
                 raise S2T2Error(
-                    f"{what} the step {step} is missing in {self.steps.partial}; run that step of "
-                    f"every rank (of {self.jobs.ranks}) and then this one again"
+                    f"the step {step} is not finished in {self.steps.partial} (files missing: "
+                    f"{count}); run that step on every rank (of {self.jobs.ranks}), then this one"
                 )
             time.sleep(POLL_SECONDS)

@@ -1,9 +1,13 @@
-"""Documents -> token ids, with the proof that the ids spell the document.
+"""Encode documents as token ids, and check that the ids spell the documents.
 
-A BPE model that does not know a character drops it or writes the unknown token, and a normalizer
-may change the text; both would make bits per byte wrong. So the tokens of every document must spell
-as many bytes as it has, and those of many documents together the same bytes: a tokenizer that
-drops, replaces or adds a character fails this, and none permutes them.
+A BPE model drops a character that it does not know, or writes the unknown token for it; a
+normalizer may change the text. Either would make bits per byte wrong. So there are two checks:
+
+- the tokens of each document spell as many bytes as the document has;
+- the tokens of all documents of a call spell each byte value as often as their text contains it.
+
+A tokenizer that drops, replaces or adds a character fails one of them. No tokenizer permutes
+characters, so their order is not checked.
 
 Index letters: D documents of a batch, N their token ids end to end, V tokens of the vocabulary.
 """
@@ -20,19 +24,22 @@ from data_prep.tokenizer import LoadedTokenizer
 from s2t2_dist.data.shards import token_dtype
 from s2t2_dist.errors import DataError
 
-# Characters per call of the tokenizer: its result takes 100 bytes for each, and fits a cache so.
+# Characters per call of the tokenizer; the result takes 100 bytes for each, and so fits a cache.
 BATCH_CHARACTERS = 100_000
-# np.bincount takes 8 bytes for each.
+# Values per call of np.bincount, which takes 8 bytes for each.
 COUNTED_AT_ONCE = 1 << 20
 
-# Token ids end to end, and how many each document has.
+# Token ids end to end (tokens_N), and the number of tokens of each document (lengths_D).
 Tokens = tuple[np.ndarray, np.ndarray]
 
 
 class Encoded(NamedTuple):
-    """Documents end to end as token ids (uint16 or uint32), each closed by the end token.
+    """Encoded documents.
 
-    `byte_counts` says how often each byte value occurs in their text, (256,) int64.
+    Attributes:
+        tokens_N: token ids end to end, uint16 or uint32; each document ends with the end token.
+        lengths_D: tokens per document, int64; the end token counts.
+        byte_counts: how often each byte value occurs in the text, (256,) int64.
     """
 
     tokens_N: np.ndarray
@@ -44,7 +51,7 @@ class Encoder:
     """Encodes batches of documents.
 
     Args:
-        characters: one token for every character, instead of the tokenizer's own segmentation.
+        characters: encode every character as one token, ignoring the tokenizer's segmentation.
     """
 
     def __init__(self, tokenizer: LoadedTokenizer, characters: bool):
@@ -58,7 +65,8 @@ class Encoder:
         """Encode documents in their order.
 
         Raises:
-            DataError: the tokenizer cannot spell a document; names it and the character.
+            DataError: the tokenizer cannot spell a document; names it and, if it is in no token,
+                the character.
         """
         tokens, lengths = [np.empty(0, self._dtype)], [np.empty(0, np.int64)]
         byte_counts = np.zeros(256, np.int64)
@@ -77,9 +85,9 @@ class Encoder:
         return encoded
 
     def _encode_merges(self, first: Document, texts: list[bytes]) -> Tokens | None:
-        """By `PlainBPE`; None if it does not apply, or not to a byte of these texts.
+        """Encode with `PlainBPE`; None if it cannot encode with this tokenizer or these texts.
 
-        The first document is compared with what `tokenizers` gives.
+        Checks the first document against `tokenizers`.
         """
         if self._bpe is None:
             return None
@@ -88,7 +96,7 @@ class Encoder:
             tokens_N, lengths_D = found
             (expected,) = _encode(self._tokenizer, [first.text])
             same = tokens_N[: lengths_D[0] - 1].tolist() == expected
-            assert same, f"bpe.cpp cuts {first.id} otherwise than `tokenizers` does"
+            assert same, f"bpe.cpp and `tokenizers` encode {first.id} differently"
         return found
 
     def _encode_lists(self, documents: list[Document]) -> Tokens:
@@ -118,10 +126,10 @@ class Encoder:
                         "use a tokenizer trained on data of this kind"
                     )
             return DataError(
-                f"document {document.id}: the tokenizer does not give its text back (a normalizer "
-                "or an added prefix changes it); use a tokenizer that keeps text as it is"
+                f"document {document.id}: its tokens do not spell its text (a normalizer or an "
+                "added prefix changes it); use a tokenizer that keeps text as it is"
             )
-        raise AssertionError("every document is spelled, but not all of them together")
+        raise AssertionError("each document is spelled correctly, but all together are not")
 
     def _spells(self, text: str) -> bool:
         spelling = self._tokenizer.token_texts
@@ -130,15 +138,15 @@ class Encoder:
 
 
 def spelled_bytes(tokenizer: LoadedTokenizer, token_counts_V: np.ndarray) -> np.ndarray:
-    """How often each byte value occurs in what so many of each token spell, (256,)."""
+    """How often each byte value occurs in the text of the counted tokens, (256,) int64."""
     letters = np.frombuffer(b"".join(tokenizer.token_texts), np.uint8)
     weights = np.repeat(token_counts_V, [len(text) for text in tokenizer.token_texts])
-    # Exact: the sums stay below 2^53.
+    # bincount sums in float64, which is exact below 2^53.
     return np.bincount(letters, weights, minlength=256).astype(np.int64)
 
 
 def count_values(values: np.ndarray, size: int) -> np.ndarray:
-    """How often each of 0 to size - 1 occurs, (size,) int64; `np.bincount` in little memory."""
+    """How often each of 0 to size - 1 occurs, (size,) int64: `np.bincount` in little memory."""
     counts = np.zeros(size, np.int64)
     for first in range(0, len(values), COUNTED_AT_ONCE):
         counts += np.bincount(values[first : first + COUNTED_AT_ONCE], minlength=size)
@@ -146,7 +154,7 @@ def count_values(values: np.ndarray, size: int) -> np.ndarray:
 
 
 def batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
-    """Documents in lists of about BATCH_CHARACTERS characters."""
+    """Yield the documents in lists of about BATCH_CHARACTERS characters."""
     batch, size = [], 0
     for document in documents:
         batch.append(document)
@@ -164,7 +172,7 @@ def _encode(tokenizer: LoadedTokenizer, texts: list[str]) -> list[list[int]]:
 
 
 class _CharacterTable:
-    """The single token of each character, filled as characters are met."""
+    """The single token of each character, looked up when the character first occurs."""
 
     def __init__(self, tokenizer: LoadedTokenizer):
         self._tokenizer = tokenizer

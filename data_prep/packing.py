@@ -1,13 +1,16 @@
-"""Documents in the order of their keys -> rows of one length, in shards that are made in any order.
+"""Pack documents, in key order, into rows of one length and shards that any process can make.
 
-The keys are cut into windows; a window is what memory holds. Where each window's tokens fall in
-the split is known before a token is packed, so every shard is a job of its own, and its bytes do
-not depend on which process makes it, nor on how the input was cut into parts.
+The key range is cut into windows, and memory holds one window. The position of each window in the
+split is computed before any token is packed. So every shard is a job of its own, and its bytes do
+not depend on which process makes it or on how the input was cut into parts.
 
-Ways to pack: `concatenate` lays the documents end to end and cuts every `context` tokens; only the
-split's last row is short. `best-fit` cuts only documents that are longer than a row and fills each
-row with pieces that fit (Ding et al. 2024, "Fewer truncations improve language modeling"), window
-by window; rows end with padding.
+There are two ways to pack:
+
+- `concatenate` puts the documents end to end and cuts every `context` tokens. Only the last row of
+  a split is short.
+- `best-fit` cuts only documents that are longer than a row, and fills each row with pieces that fit
+  (Ding et al. 2024, "Fewer truncations improve language modeling"), window by window. Rows end
+  with padding.
 
 Index letters: D documents of a window, R rows, N tokens of a window including padding.
 """
@@ -25,19 +28,19 @@ from data_prep.parts import read_lengths, read_range, tokens_before
 from s2t2_dist.data.shards import ROWS_PER_BATCH, ROWS_PER_SHARD
 
 KEY_BITS = 64
-# Tokens of a window, about: 32 or 64 MB.
+# Approximate number of tokens per window: 32 MB as uint16, 64 MB as uint32.
 WINDOW_TOKENS = 1 << 24
 
 Packing = Literal["concatenate", "best-fit"]
 
 
 class Packed(NamedTuple):
-    """A stretch of a split's rows.
+    """A stretch of a split: consecutive tokens of its rows.
 
     Attributes:
         tokens_N: rows end to end; the stretch may begin or end inside a row.
-        starts_D: positions in it at which a document starts, ascending.
-        lengths_R: valid tokens of its rows; None where all are full.
+        starts_D: positions in `tokens_N` at which a document starts, int64, ascending.
+        lengths_R: valid tokens per row, int32; None if every row is full.
     """
 
     tokens_N: np.ndarray
@@ -47,12 +50,13 @@ class Packed(NamedTuple):
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """Where the windows of a split fall.
+    """The layout of a split: which tokens each window contributes.
 
     Attributes:
-        edges: keys between which window w lies, from edges[w] to edges[w + 1], as Python integers.
-        positions: tokens, padding of whole rows included, before window w; one more than windows.
-        tokens: of all documents.
+        edges: window w holds the keys in [edges[w], edges[w + 1]); Python integers.
+        positions: tokens before each window, then the total, (windows + 1,) int64; with `best-fit`
+            padding counts.
+        tokens: tokens of all documents, without padding.
     """
 
     split: str
@@ -73,7 +77,7 @@ class SplitPlan:
         return -(-self.rows // ROWS_PER_SHARD)
 
     def shard_rows(self, shard: int) -> tuple[int, int]:
-        """The first row of a shard, and the first after it."""
+        """The first row of a shard, and the first row after it."""
         return shard * ROWS_PER_SHARD, min((shard + 1) * ROWS_PER_SHARD, self.rows)
 
 
@@ -84,10 +88,10 @@ def plan_split(
     packing: Packing,
     map_windows: Callable[[list[tuple]], Iterable[int]],
 ) -> SplitPlan:
-    """Lay a split out from the parts' indexes; no token is read.
+    """Compute the layout of a split from the parts' indexes, without reading tokens.
 
     Args:
-        map_windows: `window_rows` over a list of its arguments, in their order.
+        map_windows: maps `window_rows` over (split, low, high) tuples and keeps their order.
     """
     nothing = np.empty(0, np.uint64)
     total = sum(int(tokens_before(part, split, nothing)[-1]) for part in parts)
@@ -103,15 +107,18 @@ def plan_split(
 
 
 def window_rows(parts: Sequence[Path], split: str, low: int, high: int, context: int) -> int:
-    """Rows that best-fit makes of the documents with keys in [low, high)."""
+    """Number of rows that best-fit makes of the documents with keys in [low, high)."""
     return len(best_fit(read_lengths(parts, split, low, high).tolist(), context))
 
 
 def best_fit(lengths: Sequence[int], context: int) -> list[list[tuple[int, int, int]]]:
-    """Rows of pieces (document, first token, end), no row longer than `context`.
+    """Pack documents of these lengths into rows of at most `context` tokens.
 
-    Documents are cut only where they are longer than a row. The longest piece is placed first,
-    each into the fullest row that has room for it. Rows come by their first document.
+    Only documents longer than a row are cut. Pieces are placed from the longest to the shortest,
+    each into the fullest row that has room for it.
+
+    Returns:
+        Rows of pieces (document, first token, token after the last), sorted by first document.
     """
     pieces = [
         (document, first, min(first + context, length))
@@ -144,7 +151,7 @@ def best_fit(lengths: Sequence[int], context: int) -> list[list[tuple[int, int, 
 def shard_stretches(
     plan: SplitPlan, parts: Sequence[Path], shard: int, pad_token_id: int
 ) -> Iterator[Packed]:
-    """What a shard holds, window by window."""
+    """Yield the content of a shard, one window at a time."""
     first, end = (row * plan.context for row in plan.shard_rows(shard))
     window = int(np.searchsorted(plan.positions, first, side="right")) - 1
     while window < len(plan.edges) - 1 and plan.positions[window] < end:
@@ -174,7 +181,7 @@ def _pack_window(plan: SplitPlan, parts: Sequence[Path], window: int, pad_token_
 
 
 def _clip(packed: Packed, first: int, end: int, context: int) -> Packed:
-    """The stretch between two positions; both are edges of rows where `lengths_R` is given."""
+    """The stretch between two positions, which are row edges if `lengths_R` is given."""
     starts_D, lengths_R = packed.starts_D, packed.lengths_R
     starts_D = starts_D[(starts_D >= first) & (starts_D < end)] - first
     if lengths_R is not None:
@@ -185,7 +192,7 @@ def _clip(packed: Packed, first: int, end: int, context: int) -> Packed:
 def write_shard(
     path: Path, schema: pa.Schema, stretches: Iterable[Packed], pad_token_id: int
 ) -> None:
-    """Write stretches, which together begin with a row, as an Arrow file of equal batches."""
+    """Write stretches as an Arrow file of equal record batches; the first begins with a row."""
     with path.open("wb") as sink, pa.ipc.new_file(sink, schema) as file:
         batch = _Batch(file, schema, pad_token_id)
         for stretch in stretches:
@@ -194,7 +201,7 @@ def write_shard(
 
 
 class _Batch:
-    """The rows of the record batch that is being filled."""
+    """Collects rows and writes them in record batches of ROWS_PER_BATCH rows."""
 
     def __init__(self, file: pa.RecordBatchFileWriter, schema: pa.Schema, pad_token_id: int):
         self._file, self._schema, self._pad = file, schema, pad_token_id
@@ -207,7 +214,7 @@ class _Batch:
         self._fill = 0
 
     def add(self, stretch: Packed) -> None:
-        """Append a stretch, writing every batch that it fills."""
+        """Append a stretch, and write every batch that it fills."""
         position = 0
         while position < len(stretch.tokens_N):
             size = min(len(self._tokens) - self._fill, len(stretch.tokens_N) - position)
@@ -223,7 +230,7 @@ class _Batch:
                 self.flush()
 
     def flush(self) -> None:
-        """Write what is there, the last row padded, as one record batch."""
+        """Write the collected rows as one record batch; pad the last row."""
         if not self._fill:
             return
         rows = -(-self._fill // self._context)

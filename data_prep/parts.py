@@ -1,7 +1,7 @@
-"""Encoded chunks on disk: one Arrow file each, sorted, so that any range of keys is a slice.
+"""Parts: encoded chunks on disk, one Arrow file each, sorted so that a range of keys is a slice.
 
-A part holds one record batch for each split, its documents by ascending key, and in its metadata
-what was counted while it was made. A range of keys over all parts, merged, is what packing reads.
+A part holds one record batch per split, with documents in ascending key order. Its metadata holds
+the counts that were taken while it was made. Packing reads one range of keys of all parts, merged.
 
 Index letters: D documents, N their token ids end to end.
 """
@@ -21,7 +21,13 @@ COUNTS_KEY = b"counts"
 
 
 class Documents(NamedTuple):
-    """Documents by ascending key: their token ids end to end, and the length of each."""
+    """Documents in ascending key order.
+
+    Attributes:
+        keys_D: uint64.
+        lengths_D: tokens per document, int64.
+        tokens_N: token ids end to end, uint16 or uint32.
+    """
 
     keys_D: np.ndarray
     lengths_D: np.ndarray
@@ -29,7 +35,7 @@ class Documents(NamedTuple):
 
 
 def part_path(directory: Path, number: int) -> Path:
-    """Where a part is."""
+    """The path of a part."""
     return directory / f"part-{number:06d}.arrow"
 
 
@@ -37,8 +43,9 @@ def write_part(path: Path, splits: Sequence[Documents], counts: dict, temporary:
     """Write one part atomically.
 
     Args:
-        splits: one for each of SPLITS.
-        temporary: makes the name of the temporary file this process's own.
+        splits: the documents of each of SPLITS.
+        counts: a JSON object, which `read_counts` returns.
+        temporary: suffix of the temporary file; no other process may use it.
     """
     tokens_type = pa.list_(pa.from_numpy_dtype(splits[0].tokens_N.dtype))
     schema = pa.schema(
@@ -56,7 +63,7 @@ def write_part(path: Path, splits: Sequence[Documents], counts: dict, temporary:
 
 
 def reorder(documents: Documents, order: np.ndarray) -> Documents:
-    """The chosen documents, in this order."""
+    """The documents with these indexes (int64), in this order."""
     keys_D, lengths_D, tokens_N = documents
     ends_D = np.cumsum(lengths_D)
     spans = zip((ends_D - lengths_D)[order].tolist(), ends_D[order].tolist(), strict=True)
@@ -66,12 +73,12 @@ def reorder(documents: Documents, order: np.ndarray) -> Documents:
 
 
 def read_counts(path: Path) -> dict:
-    """What `write_part` was given as `counts`."""
+    """The `counts` of a part, as given to `write_part`."""
     return json.loads(pa.ipc.open_file(pa.memory_map(str(path))).schema.metadata[COUNTS_KEY])
 
 
 def tokens_before(path: Path, split: str, edges: np.ndarray) -> np.ndarray:
-    """How many tokens of a split belong to keys below each edge (uint64), then all of them."""
+    """Tokens of a split whose keys are below each edge (uint64), then all: (edges + 1,) int64."""
     keys, tokens = _columns(path, split)
     bounds = np.append(np.searchsorted(keys, edges), len(keys))
     return tokens.offsets.to_numpy()[bounds].astype(np.int64)
@@ -86,7 +93,7 @@ def read_lengths(paths: Sequence[Path], split: str, first: int, end: int) -> np.
 
 
 def read_range(paths: Sequence[Path], split: str, first: int, end: int) -> Documents:
-    """Documents with keys in [first, end), by key; equal keys as in the files."""
+    """All parts' documents with keys in [first, end), by key; equal keys in the parts' order."""
     found = []
     for path in paths:
         keys, offsets, tokens = _slice(path, split, first, end)
@@ -98,7 +105,7 @@ def read_range(paths: Sequence[Path], split: str, first: int, end: int) -> Docum
 
 
 def _slice(path: Path, split: str, first: int, end: int) -> tuple[np.ndarray, np.ndarray, pa.Array]:
-    """Keys in [first, end), the token offsets around them, and all tokens; memory-mapped."""
+    """Keys in [first, end), their token offsets (one more), and all tokens; memory-mapped."""
     keys, tokens = _columns(path, split)
     low = int(np.searchsorted(keys, np.uint64(first)))
     high = len(keys) if end >> 64 else int(np.searchsorted(keys, np.uint64(end)))

@@ -1,8 +1,8 @@
-"""FASTA, JSON lines and plain text into documents, with a count of all that was not kept as it was.
+"""Parse FASTA, JSON lines and plain text into documents, and count everything that is changed.
 
 A document is an id and a text. The id alone decides the split, the sample and the order, so it
-must be stable: the first word of a FASTA header, the field `id` of a JSON line, or the sha256 of
-the text where there is no name.
+must be stable. It is the first word of a FASTA header, the field `id` of a JSON line, or, if there
+is neither, the sha256 of the text.
 """
 
 import hashlib
@@ -37,9 +37,9 @@ class ReadOptions:
     """How files are read.
 
     Attributes:
-        strict: refuse what is otherwise left out and counted: bytes of a FASTA that are no amino
-            acid letter, empty documents, records without an id.
-        field: of a JSON line, that holds the text.
+        strict: raise an error for what is otherwise only counted: bytes of a FASTA that are no
+            amino acid letter, empty documents, and records without an id.
+        field: JSON field that holds the text.
     """
 
     strict: bool = False
@@ -48,16 +48,16 @@ class ReadOptions:
 
 @dataclass
 class ReadCounts:
-    """What was read.
+    """Counts of what was read, left out and changed.
 
     Attributes:
-        documents, characters: that were kept.
+        documents, characters: kept.
         empty: documents without text, left out.
-        unnamed: FASTA records without an id, kept under the hash of their sequence.
+        unnamed: FASTA records without an id, kept; the hash of the sequence is their id.
         stops: `*` at the end of a sequence, left out.
         lower_case: letters read as upper case.
-        illegal: how often each byte that is no amino acid letter was left out of a sequence.
-        places: the first files and lines that hold one.
+        illegal: bytes that are no amino acid letter, left out; how often each occurred.
+        places: file and line of the first of these bytes, at most SHOWN_PLACES.
     """
 
     documents: int = 0
@@ -70,7 +70,7 @@ class ReadCounts:
     places: list[str] = field(default_factory=list)
 
     def add(self, other: "ReadCounts") -> None:
-        """Add the counts of what comes next in the files."""
+        """Add the counts of the next part of the input."""
         for name in ("documents", "characters", "empty", "unnamed", "stops", "lower_case"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.illegal.update(other.illegal)
@@ -78,11 +78,11 @@ class ReadCounts:
 
     @classmethod
     def of(cls, record: dict) -> "ReadCounts":
-        """The counts that `record` gave."""
+        """The inverse of `record`."""
         return cls(**{**record, "illegal": Counter(record.get("illegal", {}))})
 
     def record(self) -> dict:
-        """For the manifest."""
+        """The counts as a JSON object, for the manifest."""
         return {**asdict(self), "illegal": dict(sorted(self.illegal.items()))}
 
     def summary(self) -> str:
@@ -104,12 +104,12 @@ DEFAULT_READ = ReadOptions()
 
 
 def id_hash(identifier: str, purpose: str) -> int:
-    """A 64-bit hash of a document's id; each purpose has its own, independent of the others."""
+    """A 64-bit hash of a document's id. Hashes for different purposes are independent."""
     return int(id_hashes([identifier], purpose)[0])
 
 
 def id_hashes(identifiers: Iterable[str], purpose: str) -> np.ndarray:
-    """`id_hash` of many ids, uint64."""
+    """`id_hash` of each id, (ids,) uint64."""
     start = hashlib.blake2b(digest_size=8, person=purpose.encode())
     digests = bytearray()
     for identifier in identifiers:
@@ -126,16 +126,16 @@ def read_documents(
     open_file: OpenFile = open_binary,
     chunk_size: int | None = None,
 ) -> Iterator[Document]:
-    """Every document of the files, in file order; memory holds one chunk of them.
+    """Yield every document of the files, in file order; memory holds one chunk of them.
 
     Args:
-        counts: what was read is added to it.
-        open_file: how a file is opened (`reading_progress` gives one that shows how far it is).
-        chunk_size: in bytes; changes nothing but memory and speed.
+        counts: receives the counts of what was read.
+        open_file: opens a file (`reading_progress` gives a function that shows progress).
+        chunk_size: bytes; affects only memory and speed.
 
     Raises:
-        DataError: a file is missing, cut, of an unknown format, holds no document, or holds a bad
-            one; the message names the file and the line.
+        DataError: a file is missing, truncated, damaged, of an unknown format or without
+            documents, or a document is bad; names the file, and the line of a bad document.
     """
     counts = ReadCounts() if counts is None else counts
     held = Counter()
@@ -148,21 +148,27 @@ def read_documents(
 
 
 def require_documents(paths: Sequence[Path], held: dict[Path, int]) -> None:
-    """Refuse a file of which nothing was kept.
+    """Check that each file gave at least one document.
+
+    Args:
+        held: number of documents by file.
 
     Raises:
-        DataError: names the first one.
+        DataError: names the first file that gave none.
     """
     for path in paths:
         if not held[path]:
-            raise DataError(f"{path} holds no document (no residue, or no text)")
+            raise DataError(
+                f"{path} holds no document with a residue or text; leave it out, or check its "
+                "content"
+            )
 
 
 def parse_chunk(chunk: Chunk, options: ReadOptions) -> tuple[list[Document], ReadCounts]:
-    """The documents of a chunk.
+    """The documents of a chunk, and the counts of what was read.
 
     Raises:
-        DataError: a bad document; names the file and the line.
+        DataError: a document is bad; names the file and the line.
     """
     counts = ReadCounts()
     parse = {"fasta": _parse_fasta, "jsonl": _parse_jsonl, "text": _parse_text}[chunk.kind]
@@ -198,7 +204,11 @@ def _parse_fasta(chunk: Chunk, options: ReadOptions, counts: ReadCounts) -> list
 def _unusual(
     path: Path, line: int, name: str, body: bytes, options: ReadOptions, counts: ReadCounts
 ) -> bytes:
-    """The sequence of a record that is not letters alone, or has no id; `line` is its header's."""
+    """Clean the sequence of a record that has other bytes than letters, no letters or no id.
+
+    Args:
+        line: line number of the record's header.
+    """
     lines = [text.strip(b" \t").upper() for text in body.split(b"\n")]
     if b"".join(lines).endswith(b"*"):
         last = max(number for number, text in enumerate(lines) if text)
@@ -210,16 +220,20 @@ def _unusual(
             if options.strict:
                 raise DataError(
                     f"{path} line {number}: {shown[0]!r} in record {name} is not an amino acid "
-                    f"letter ({RESIDUES} and {RARE_RESIDUES})"
+                    f"letter ({RESIDUES} and {RARE_RESIDUES}); correct it or drop --strict"
                 )
             counts.illegal.update(map(repr, shown))
             counts.places = [*counts.places, f"{path.name} line {number}"][:SHOWN_PLACES]
     sequence = b"".join(lines)
     sequence = sequence.translate(None, bytes(set(sequence) - set(LETTERS)))
     if options.strict and not name:
-        raise DataError(f"{path} line {line}: a FASTA header without an id after '>'")
+        raise DataError(
+            f"{path} line {line}: a FASTA header without an id after '>'; add one or drop --strict"
+        )
     if options.strict and not sequence:
-        raise DataError(f"{path} line {line}: record {name} has no residue")
+        raise DataError(
+            f"{path} line {line}: record {name} has no residue; remove it or drop --strict"
+        )
     counts.empty += not sequence
     counts.unnamed += bool(sequence and not name)
     return sequence
@@ -238,7 +252,7 @@ def _parse_jsonl(chunk: Chunk, options: ReadOptions, counts: ReadCounts) -> list
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DataError(
                 f"{chunk.path} line {number}: expected a JSON object with the string field "
-                f"{options.field!r}"
+                f"{options.field!r}; correct the line, or name another field with --field"
             ) from None
         if text:
             documents.append(Document(identifier, text))
@@ -249,18 +263,23 @@ def _parse_jsonl(chunk: Chunk, options: ReadOptions, counts: ReadCounts) -> list
 
 def _empty(path: Path, line: int, options: ReadOptions, counts: ReadCounts) -> None:
     if options.strict:
-        raise DataError(f"{path} line {line}: the field {options.field!r} is empty")
+        raise DataError(
+            f"{path} line {line}: the field {options.field!r} is empty; remove the line or drop "
+            "--strict"
+        )
     counts.empty += 1
 
 
 def _parse_text(chunk: Chunk, _: ReadOptions, counts: ReadCounts) -> list[Document]:
-    """Documents are separated by blank lines, so that a big file is many documents."""
+    """Blank lines separate documents."""
     documents, paragraph = [], []
     for number, line in enumerate([*chunk.data.split(b"\n"), b""], start=chunk.line):
         try:
             decoded = line.rstrip(b"\r").decode("utf-8")
         except UnicodeDecodeError:
-            raise DataError(f"{chunk.path} line {number}: not UTF-8 text") from None
+            raise DataError(
+                f"{chunk.path} line {number}: not UTF-8 text; convert the file to UTF-8"
+            ) from None
         if decoded.strip():
             paragraph.append(decoded)
         elif paragraph:

@@ -1,4 +1,4 @@
-"""A UniProt download against the RELEASE.metalink that is published beside it (Metalink 3.0)."""
+"""Check a UniProt download against the RELEASE.metalink published beside it (Metalink 3.0)."""
 
 import hashlib
 from pathlib import Path
@@ -19,7 +19,7 @@ def check_release(directory: Path) -> dict:
         `version`, and `files`: bytes, md5 and sha256 of each file by name.
 
     Raises:
-        DataError: no metalink, not one, or none of its files is there.
+        DataError: RELEASE.metalink is missing or invalid, or none of its files is in `directory`.
         ArtifactError: a file has another size or md5.
     """
     version, listed = _read_metalink(directory / METALINK)
@@ -36,7 +36,7 @@ def check_release(directory: Path) -> dict:
 
 
 def release_of(path: Path, sha256: str) -> str | None:
-    """The release that a file was checked to be of, or None."""
+    """The release of a file, if `check_release` verified the file; otherwise None."""
     checked = path.parent / CHECKED
     if not checked.is_file():
         return None
@@ -69,7 +69,7 @@ def _read_metalink(path: Path) -> tuple[str, dict[str, tuple[int, str]]]:
 def _check_file(path: Path, size: int, md5: str) -> dict:
     found = path.stat().st_size
     if found != size:
-        raise ArtifactError(f"{path} has {found} bytes, the release says {size}; fetch it again")
+        raise ArtifactError(f"{path} has {found} bytes, the release says {size}; download it again")
     hashes = hashlib.md5(usedforsecurity=False), hashlib.sha256()
     with path.open("rb") as f:
         while block := f.read(BLOCK_BYTES):
@@ -77,5 +77,7 @@ def _check_file(path: Path, size: int, md5: str) -> dict:
                 each.update(block)
     digests = [each.hexdigest() for each in hashes]
     if digests[0] != md5:
-        raise ArtifactError(f"{path} has the md5 {digests[0]}, the release says {md5}")
+        raise ArtifactError(
+            f"{path} has the md5 {digests[0]}, the release says {md5}; download it again"
+        )
     return {"bytes": size, "md5": md5, "sha256": digests[1]}

@@ -1,4 +1,4 @@
-"""What both commands share: naming their inputs, and not making the same thing twice."""
+"""Requests: what a result is made from. A result is never made twice or overwritten."""
 
 import os
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ REQUEST = "request.json"
 
 
 def describe_sources(paths: Sequence[Path]) -> list[dict]:
-    """Name, size and sha256 of each input file, and its release if that was checked."""
+    """Name, size in bytes and sha256 of each file, and its UniProt release if it was checked."""
     described = []
     for path in paths:
         sha256 = artifacts.sha256_file(path)
@@ -26,7 +26,7 @@ def already_made(target: Path, request: dict) -> bool:
     """Whether `target` is complete and was made from exactly this request.
 
     Raises:
-        ArtifactError: it exists but is unfinished, damaged or was made from something else.
+        ArtifactError: it exists but is unfinished, damaged or made from another request.
     """
     if not target.exists():
         return False
@@ -40,20 +40,20 @@ def already_made(target: Path, request: dict) -> bool:
 
 
 def open_partial(target: Path, request: dict) -> Path:
-    """The folder beside `target` in which it is made, by any number of processes; makes it.
+    """Create or reopen the folder beside `target` in which any number of processes make it.
 
     Raises:
-        ArtifactError: it holds an unfinished result of another request.
+        ArtifactError: the folder holds an unfinished result of another request.
     """
     partial = target.parent / f".{target.name}.partial"
     partial.mkdir(parents=True, exist_ok=True)
     stated = partial / REQUEST
-    sealed = artifacts.is_complete(partial)  # all that is missing is its name
+    sealed = artifacts.is_complete(partial)  # only the rename is missing
     if not (sealed or stated.exists()):
         own = partial / f"{REQUEST}.{os.uname().nodename}-{os.getpid()}"
         artifacts.write_json(own, request)
         try:
-            os.link(own, stated)  # fails where another process was first, unlike a rename
+            os.link(own, stated)  # unlike a rename, fails if another process was first
         except FileExistsError:
             pass
         finally:

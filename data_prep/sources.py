@@ -1,7 +1,7 @@
-"""Input files as a stream of chunks: unzipped, cut where one document ends and the next begins.
+"""Read input files as a stream of chunks: decompressed, and cut between documents.
 
-Where the cuts fall depends on the files' bytes and the chunk size alone, so any process can count
-through the same chunks and work on its own share of them. Memory holds one chunk.
+The cuts depend only on the files' bytes and the chunk size. So every process sees the same
+numbered chunks and can work on its own share of them. Memory holds one chunk.
 """
 
 import gzip
@@ -26,10 +26,11 @@ TEXT_FORMATS = {".jsonl": "jsonl", ".txt": "text"}
 COMPRESSED = (".gz", ".zst")
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 READ_BYTES = 1 << 20
-# Small inputs are cut small, so that every worker has its share; large ones into few files.
+# Bytes. Small inputs get small chunks, so that every worker has some; large inputs get large ones,
+# so that there are few part files.
 SMALLEST_CHUNK, LARGEST_CHUNK = 1 << 20, 1 << 23
 CHUNKS_OF_SMALL = 32
-# Longer than any protein (36,000 residues) or source file by far; this bounds memory.
+# Bytes; bounds memory. Far above any protein (36,000 residues) or source file.
 LONGEST_DOCUMENT = 1 << 28
 BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
 
@@ -40,9 +41,9 @@ class Chunk(NamedTuple):
     """Whole documents of one file.
 
     Attributes:
-        number: counts through all files.
+        number: number of the chunk over all files, from 0.
         kind: `fasta`, `jsonl` or `text`.
-        line: of the file, at which `data` begins; from 1.
+        line: line of the file at which `data` begins, from 1.
     """
 
     number: int
@@ -53,14 +54,14 @@ class Chunk(NamedTuple):
 
 
 def open_binary(path: Path) -> BinaryIO:
-    """Open a file for reading bytes, unbuffered by anything of ours."""
+    """Open a file for reading bytes."""
     return path.open("rb")
 
 
 @contextmanager
 def progress_bar() -> Iterator["Progress"]:
-    """A bar on stderr, where stderr is a terminal."""
-    from rich.console import Console  # late: workers never need it
+    """Yield a progress bar on stderr, which shows only if stderr is a terminal."""
+    from rich.console import Console  # imported here because workers never need it
     from rich.progress import Progress
 
     console = Console(stderr=True)
@@ -70,13 +71,13 @@ def progress_bar() -> Iterator["Progress"]:
 
 @contextmanager
 def reading_progress(doing: str) -> Iterator[OpenFile]:
-    """Yield an opener whose files move a progress bar."""
+    """Yield a function that opens files and shows in a progress bar how far they are read."""
     with progress_bar() as progress:
         yield lambda path: progress.open(path, "rb", description=f"{doing} {path.name}")
 
 
 def chunk_bytes(paths: Sequence[Path]) -> int:
-    """The chunk size for these files, a function of their sizes."""
+    """The chunk size for these files in bytes, a function of their sizes."""
     size = sum(path.stat().st_size for path in paths) // CHUNKS_OF_SMALL
     return min(max(size, SMALLEST_CHUNK), LARGEST_CHUNK)
 
@@ -84,11 +85,11 @@ def chunk_bytes(paths: Sequence[Path]) -> int:
 def read_chunks(
     paths: Sequence[Path], size: int | None = None, open_file: OpenFile = open_binary
 ) -> Iterator[Chunk]:
-    """The files, in order, as chunks of about `size` bytes (default: `chunk_bytes`).
+    """Yield the files, in order, as chunks of about `size` bytes (default: `chunk_bytes`).
 
     Raises:
-        DataError: a file is missing, empty, cut, damaged or of an unknown format, or one document
-            is longer than LONGEST_DOCUMENT.
+        DataError: a file is missing, empty, truncated, damaged or of an unknown format, or a
+            document is longer than LONGEST_DOCUMENT bytes.
     """
     kinds = [detect_format(path) for path in paths]
     size = size or chunk_bytes(paths)
@@ -103,39 +104,41 @@ def read_chunks(
 
 
 def _count_lines(kind: str, data: bytes) -> int:
-    """Line ends; in a FASTA a carriage return alone is one."""
+    """Number of line ends; in a FASTA a carriage return alone counts as one."""
     if kind != "fasta" or b"\r" not in data:
         return data.count(b"\n")
     return data.count(b"\n") + data.count(b"\r") - data.count(b"\r\n")
 
 
 def detect_format(path: Path) -> str:
-    """`jsonl` or `text` by the file's name; any other file must be a FASTA by its first character.
+    """The format of a file: `jsonl` or `text` by its name, `fasta` by its first character.
 
     Raises:
-        DataError: the file is missing or empty, or is none of the three.
+        DataError: the file is missing or empty, or has none of the three formats.
     """
     if not path.is_file():
         what = "is not a file" if path.exists() else "does not exist"
-        raise DataError(f"{path} {what}; give a FASTA, .jsonl or .txt file, also as .gz or .zst")
+        raise DataError(
+            f"{path} {what}; give a FASTA, .jsonl or .txt file, plain or compressed (.gz, .zst)"
+        )
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSED]
     if suffixes and suffixes[-1] in TEXT_FORMATS:
         return TEXT_FORMATS[suffixes[-1]]
     with path.open("rb") as raw:
         first = next((b for b in map(bytes.lstrip, _unzipped(path, raw)) if b), b"")
     if not first:
-        raise DataError(f"{path} is empty")
+        raise DataError(f"{path} is empty; give a FASTA, .jsonl or .txt file with documents")
     if not first.startswith(b">"):
         shown = first[:20].decode("ascii", "replace")
         raise DataError(
-            f"{path} is not a FASTA: it starts with {shown!r}, not with '>' (text files are named "
-            ".jsonl or .txt)"
+            f"{path} is not a FASTA: it starts with {shown!r}, not with '>' (text files must be "
+            "named .jsonl or .txt)"
         )
     return "fasta"
 
 
 def _unzipped(path: Path, raw: BinaryIO, block_size: int = READ_BYTES) -> Iterator[bytes]:
-    """What the file holds, unzipped if it is gzip or zstd (of any number of members or frames)."""
+    """Yield a file's content, decompressed if it is gzip or zstd (of any number of members)."""
     magic = raw.read(4)
     raw.seek(0)
     try:
@@ -152,11 +155,11 @@ def _unzipped(path: Path, raw: BinaryIO, block_size: int = READ_BYTES) -> Iterat
         kind, problem = "zstd", error
     else:
         return
-    raise DataError(f"{path} is a truncated or damaged {kind} file ({problem}); fetch it again")
+    raise DataError(f"{path} is a truncated or damaged {kind} file ({problem}); copy it again")
 
 
 def _unzstd(raw: BinaryIO, block_size: int) -> Iterator[bytes]:
-    """Frame by frame: the library's own reader takes the end of a cut file for its end."""
+    """Decompress frame by frame, because the library's reader accepts a truncated file."""
     frame = None
     while block := raw.read(block_size):
         while block:
@@ -166,11 +169,11 @@ def _unzstd(raw: BinaryIO, block_size: int) -> Iterator[bytes]:
             block = frame.unused_data if frame.eof else b""
             frame = None if frame.eof else frame
     if frame:
-        raise zstandard.ZstdError("the last frame has no end")
+        raise zstandard.ZstdError("the last frame is incomplete")
 
 
 def _cut(path: Path, kind: str, blocks: Iterator[bytes], size: int) -> Iterator[bytes]:
-    """Blocks -> chunks of at least `size` bytes that end with a document, and the rest."""
+    """Join blocks into chunks of at least `size` bytes that end with a document, and the rest."""
     held, wanted = io.BytesIO(), size
     for block in blocks:
         held.write(block)
@@ -184,8 +187,8 @@ def _cut(path: Path, kind: str, blocks: Iterator[bytes], size: int) -> Iterator[
             held.write(data[end:])
         elif len(data) > LONGEST_DOCUMENT:
             raise DataError(
-                f"{path}: a document is longer than {LONGEST_DOCUMENT:,} bytes; cut it, or see "
-                "whether the file has line ends"
+                f"{path}: a document is longer than {LONGEST_DOCUMENT:,} bytes; split it, or check "
+                "that the file has line ends"
             )
         else:
             wanted = 2 * len(data)
@@ -194,7 +197,7 @@ def _cut(path: Path, kind: str, blocks: Iterator[bytes], size: int) -> Iterator[
 
 
 def _last_cut(kind: str, data: bytes) -> int:
-    """Where the last document begins that `data` may hold only a part of; 0 if nowhere."""
+    """Where the last document of `data` begins, which may be incomplete; 0 if there is no other."""
     if kind == "fasta":
         return max(data.rfind(b"\n>"), data.rfind(b"\r>")) + 1
     if kind == "jsonl":

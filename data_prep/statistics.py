@@ -1,4 +1,4 @@
-"""How a tokenizer cuts a corpus: compression, the use of each token, the longest; and a sweep."""
+"""How a tokenizer segments a corpus: compression, token counts, longest tokens; a size sweep."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ from data_prep.tokenizer import (
 )
 from data_prep.trainers import Algorithm, Kind, special_tokens, train
 
-# Of the sampled documents, the share that a sweep measures on and does not train on.
-MEASURED = 5
+# A sweep measures on every fifth sampled document and trains on the others.
+HOLD_OUT_EVERY = 5
 
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """Of one tokenizer on some documents.
+    """Statistics of one tokenizer on some documents.
 
     Attributes:
-        characters: of the documents.
-        counts_V: how often each token occurs, int64; end tokens not counted.
-        texts: what each token spells.
+        characters: total of the documents.
+        counts_V: how often each token occurs, int64; end tokens are not counted.
+        texts: the bytes that each token spells.
     """
 
     characters: int
@@ -42,22 +42,22 @@ class TokenStatistics:
 
     @property
     def unused(self) -> list[int]:
-        """Tokens with a text that do not occur."""
+        """Ids of the tokens that have a text and do not occur."""
         return [i for i in np.flatnonzero(self.counts_V == 0).tolist() if self.texts[i]]
 
     @property
     def most_used(self) -> list[int]:
-        """Tokens by falling count."""
+        """Ids of the tokens that occur, by descending count."""
         return np.argsort(-self.counts_V, kind="stable")[: np.count_nonzero(self.counts_V)].tolist()
 
     @property
     def longest(self) -> list[int]:
-        """Tokens by falling length of their text."""
+        """Ids of all tokens, by descending length of their text."""
         return sorted(range(len(self.texts)), key=lambda i: (-len(self.texts[i]), i))
 
 
 def token_statistics(tokenizer: LoadedTokenizer, documents: Sequence[Document]) -> TokenStatistics:
-    """Encode documents and count.
+    """Encode documents and count their tokens.
 
     Raises:
         DataError: the tokenizer cannot spell one of them.
@@ -72,7 +72,11 @@ def token_statistics(tokenizer: LoadedTokenizer, documents: Sequence[Document]) 
 def statistics_of(
     directory: Path, inputs: Sequence[Path], sample: int, read: ReadOptions = DEFAULT_READ
 ) -> TokenStatistics:
-    """Statistics of a tokenizer folder on a hash sample of so many characters of the inputs."""
+    """Statistics of a tokenizer folder on a hash sample of `sample` characters of the inputs.
+
+    Raises:
+        DataError: bad input or tokenizer, or a document that the tokenizer cannot spell.
+    """
     tokenizer = load_tokenizer(directory)
     return token_statistics(tokenizer, sample_documents(read_documents(inputs, read), sample))
 
@@ -87,14 +91,23 @@ def sweep(
 ) -> dict[int, TokenStatistics]:
     """Train a tokenizer of each size on four fifths of a hash sample, and measure on the rest.
 
+    A sample of fewer than five documents is used for both.
+
+    Args:
+        sizes: vocabulary sizes, special tokens included.
+        sample: characters of the hash sample.
+
+    Returns:
+        Statistics by size.
+
     Raises:
         DataError: bad input, or too little of it for a size.
     """
     protein = is_protein(inputs)
     documents = sample_documents(read_documents(inputs, read), sample)
-    measured, trained = documents[::MEASURED], documents
-    if len(documents) >= MEASURED:
-        trained = [d for i, d in enumerate(documents) if i % MEASURED]
+    measured, trained = documents[::HOLD_OUT_EVERY], documents
+    if len(documents) >= HOLD_OUT_EVERY:
+        trained = [d for i, d in enumerate(documents) if i % HOLD_OUT_EVERY]
     texts = [document.text for document in trained]
     found = {}
     for size in sizes:

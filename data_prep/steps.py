@@ -1,4 +1,4 @@
-"""The steps of a build, for any process to run: each writes one file, atomically."""
+"""The pieces of work of a build, which any process can do: each writes one file, atomically."""
 
 import io
 import os
@@ -29,7 +29,7 @@ from s2t2_dist import artifacts
 from s2t2_dist.data.shards import SPLITS, TOKEN_BYTES, TOKENIZER_DIR, shard_schema
 from s2t2_dist.errors import DataError
 
-# Files of a tokenizer; its folder may be a whole model, whose weights stay where they are.
+# Files copied from the tokenizer's folder, which may be a model folder with weights.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -45,14 +45,18 @@ class BuildOptions:
     """How rows are made.
 
     Attributes:
-        context: tokens per row.
-        validation_fraction: share of the documents, chosen by the hash of their ids.
-        characters: one token of the tokenizer for every character (the paper, section 3:
-            "training domain tokens are bytes").
-        seed: of the document order; the split does not depend on it.
-        packing: how rows are filled, see `data_prep.packing`.
-        drop_ids: a file whose lines begin with the id of a document to leave out.
+        context: tokens per row, at least 2.
+        validation_fraction: share of the documents in the validation split, between 0 and 1;
+            the hash of its id puts a document there.
+        characters: encode every character as one token (the paper, section 3: "training domain
+            tokens are bytes").
+        seed: seed of the document order; the split does not depend on it.
+        packing: how rows are filled; see `data_prep.packing`.
+        drop_ids: file of documents to leave out; each line begins with an id.
         read: how the input is read.
+
+    Raises:
+        DataError: a value is out of range, or `drop_ids` is not a file.
     """
 
     context: int
@@ -65,28 +69,29 @@ class BuildOptions:
 
     def __post_init__(self):
         if self.context < 2:
-            raise DataError(f"a context of {self.context} is too short; 2 tokens are the least")
+            raise DataError(f"a context of {self.context} is too short; give at least 2 tokens")
         if not 0 < self.validation_fraction < 1:
             raise DataError(
-                f"a validation fraction of {self.validation_fraction} is not between 0 and 1"
+                f"a validation fraction of {self.validation_fraction} is not between 0 and 1; give "
+                "a share of the documents such as 0.01"
             )
         if self.drop_ids and not self.drop_ids.is_file():
-            raise DataError(f"{self.drop_ids} is not a file; give a list of ids, one a line")
+            raise DataError(f"{self.drop_ids} is not a file; give a file with one id per line")
 
 
 def is_validation(identifier: str, fraction: float) -> bool:
-    """Which split a document belongs to: a function of its id alone."""
+    """Whether a document is in the validation split; depends on its id and the fraction alone."""
     return id_hash(identifier, "split") < fraction * 2**KEY_BITS
 
 
 @dataclass(frozen=True)
 class Steps:
-    """What a build does, in a folder that its processes share.
+    """The work of a build, in a folder that its processes share.
 
     Args:
-        request: what decides the result; goes into the manifest and every shard.
-        partial: the folder.
-        rank: keeps temporary files of several machines apart.
+        request: everything that decides the result; the manifest and every shard record it.
+        partial: the shared folder.
+        rank: part of the names of temporary files, so that machines do not share one.
     """
 
     tokenizer_dir: Path
@@ -98,17 +103,17 @@ class Steps:
 
     @cached_property
     def tokenizer(self) -> LoadedTokenizer:
-        """Read once in each process."""
+        """The tokenizer, read once in each process."""
         return load_tokenizer(self.tokenizer_dir)
 
     @cached_property
     def encoder(self) -> Encoder:
-        """Made once in each process."""
+        """The encoder, made once in each process."""
         return Encoder(self.tokenizer, self.options.characters)
 
     @cached_property
     def dropped(self) -> np.ndarray:
-        """The split hashes of the ids to leave out, ascending uint64: 8 bytes for each."""
+        """Split hashes of the ids to leave out, ascending, uint64."""
         if self.options.drop_ids is None:
             return np.empty(0, np.uint64)
         with self.options.drop_ids.open(encoding="utf-8", errors="replace") as lines:
@@ -117,33 +122,33 @@ class Steps:
 
     @property
     def work(self) -> Path:
-        """Everything that is not part of the result."""
+        """The folder for everything that is not part of the result."""
         return self.partial / "work"
 
     def part(self, number: int) -> Path:
-        """Where the part of a chunk is."""
+        """The path of the part of a chunk."""
         return part_path(self.work, number)
 
     def encode(self, chunk: Chunk) -> None:
-        """Write the part of a chunk."""
+        """Parse and encode a chunk, and write its part."""
         documents, read = parse_chunk(chunk, self.options.read)
         ids = [document.id for document in documents]
-        sides = id_hashes(ids, "split")
+        split_hashes = id_hashes(ids, "split")
         keys = id_hashes(ids, f"order {self.options.seed}")
-        lost = self._is_dropped(sides)
+        dropped = self._is_dropped(split_hashes)
         limit = self.options.validation_fraction * 2**KEY_BITS
-        validation = np.array([side < limit for side in sides.tolist()], bool)
+        validation = np.array([each < limit for each in split_hashes.tolist()], bool)
         counts = {
             "input": self.inputs.index(chunk.path),
             "read": read.record(),
             "dropped": {
-                "documents": int(lost.sum()),
-                "characters": sum(len(documents[i].text) for i in np.flatnonzero(lost)),
+                "documents": int(dropped.sum()),
+                "characters": sum(len(documents[i].text) for i in np.flatnonzero(dropped)),
             },
         }
         splits = []
         for number, split in enumerate(SPLITS):
-            chosen = np.flatnonzero((validation == number) & ~lost)
+            chosen = np.flatnonzero((validation == number) & ~dropped)
             chosen = chosen[np.argsort(keys[chosen], kind="stable")]
             encoded = self.encoder.encode([documents[i] for i in chosen.tolist()])
             splits.append(Documents(keys[chosen], encoded.lengths_D, encoded.tokens_N))
@@ -153,18 +158,18 @@ class Steps:
         write_part(self.part(chunk.number), splits, counts, self._temporary)
 
     def set_part_count(self, count: int) -> None:
-        """State how many parts there are; only one rank does."""
+        """Record how many parts there are; rank 0 calls this when it has read the whole input."""
         self.work.mkdir(exist_ok=True)
         artifacts.write_json(self.work / "parts.json", {"parts": count})
 
     @property
     def parts(self) -> list[Path]:
-        """Every part, once their number is known."""
+        """Paths of all parts; their number must have been recorded."""
         count = artifacts.read_json(self.work / "parts.json")["parts"]
         return [self.part(number) for number in range(count)]
 
     def missing_parts(self) -> list[Path] | None:
-        """The parts that are still to be made; None if nobody knows how many there are."""
+        """The parts that are still to be made; None until their number is recorded."""
         if not (self.work / "parts.json").exists():
             return None
         there = {path.name for path in self.work.iterdir()}
@@ -172,7 +177,11 @@ class Steps:
 
     @cached_property
     def counts(self) -> dict:
-        """What was counted in all parts together."""
+        """The counts of all parts together.
+
+        `read`: ReadCounts. `dropped`: documents and characters left out by `drop_ids`. `held`:
+        documents by input file. For each split, `documents` and `byte_counts`, (256,) int64.
+        """
         total = {"read": ReadCounts(), "dropped": Counter(), "held": Counter()}
         total |= {split: {"documents": 0, "byte_counts": np.zeros(256, int)} for split in SPLITS}
         for part in self.parts:
@@ -187,10 +196,10 @@ class Steps:
         return total
 
     def check_counts(self) -> None:
-        """Refuse an input file, or a split, that holds nothing.
+        """Check that every input file and every split has documents.
 
         Raises:
-            DataError: names it.
+            DataError: names the first that has none.
         """
         require_documents(self.inputs, self.counts["held"])
         documents = {split: self.counts[split]["documents"] for split in SPLITS}
@@ -203,16 +212,16 @@ class Steps:
                 )
 
     def plan(self, split: str, map_windows: Callable[[list[tuple]], Iterable[int]]) -> SplitPlan:
-        """Where everything of a split goes; `map_windows` maps `window_rows`."""
+        """The layout of a split; for `map_windows` see `packing.plan_split`."""
         options = self.options
         return packing.plan_split(self.parts, split, options.context, options.packing, map_windows)
 
     def window_rows(self, split: str, low: int, high: int) -> int:
-        """Rows of one window."""
+        """Number of best-fit rows of one window."""
         return packing.window_rows(self.parts, split, low, high, self.options.context)
 
     def pack(self, plan: SplitPlan, shard: int) -> None:
-        """Write a shard, and then the mark that it is done."""
+        """Write a shard, and then the JSON file that marks it as done."""
         pad, size = self.tokenizer.pad_token_id, self.tokenizer.vocab_size
         schema = shard_schema(self.options.context, size, {**self.request, "split": plan.split})
         target = self.partial / plan.split / f"shard-{shard:05d}.arrow"
@@ -244,10 +253,10 @@ class Steps:
         return [each for each in shards if self._mark(*each).name not in there]
 
     def seal(self, plans: list[SplitPlan]) -> None:
-        """Write the manifest and the completion mark.
+        """Write the tokenizer, `token_bytes.npy`, the manifest and the completion mark.
 
         Raises:
-            AssertionError: the shards do not spell what was read, byte value by byte value.
+            AssertionError: the shards do not spell each byte value as often as the input has it.
         """
         files, splits = {}, {}
         for plan in plans:
@@ -257,7 +266,7 @@ class Steps:
             tokens = sum(np.array(shard["token_counts"]) for shard in shards)
             spelled = spelled_bytes(self.tokenizer, tokens)
             counted = self.counts[plan.split]["byte_counts"]
-            assert (spelled == counted).all(), f"{plan.split} does not spell what was read"
+            assert (spelled == counted).all(), f"{plan.split} shards do not spell what was read"
             splits[plan.split] = {
                 "documents": self.counts[plan.split]["documents"],
                 "bytes": int(counted.sum()),
@@ -283,9 +292,9 @@ class Steps:
         artifacts.seal(self.partial, record, files)
 
     def publish(self, target: Path) -> None:
-        """Leave only what the manifest lists, and give the folder its name."""
+        """Remove what the manifest does not list, and rename the folder to `target`."""
         listed = {name.split("/")[0] for name in artifacts.read_manifest(self.partial)["files"]}
-        for path in self.partial.iterdir():  # the work, and what killed processes left
+        for path in self.partial.iterdir():  # the work folder, and leftovers of killed processes
             if path.is_dir() and path.name not in listed:
                 shutil.rmtree(path, ignore_errors=True)
             elif path.name not in {*listed, artifacts.MANIFEST, artifacts.COMPLETE}:
@@ -293,19 +302,19 @@ class Steps:
         artifacts.publish(self.partial, target)
 
     def remove_temporaries(self) -> None:
-        """Remove what killed processes left; only where no other rank can be at work."""
+        """Remove leftovers of killed processes; safe only if no other rank runs."""
         for path in self.work.glob(f"*.{TEMPORARY}-*"):
             path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Remove everything that was made."""
+        """Remove the shared folder."""
         shutil.rmtree(self.partial, ignore_errors=True)
 
-    def _is_dropped(self, sides: np.ndarray) -> np.ndarray:
+    def _is_dropped(self, split_hashes: np.ndarray) -> np.ndarray:
         if not len(self.dropped):
-            return np.zeros(len(sides), bool)
-        places = np.searchsorted(self.dropped, sides)
-        return self.dropped[np.minimum(places, len(self.dropped) - 1)] == sides
+            return np.zeros(len(split_hashes), bool)
+        places = np.searchsorted(self.dropped, split_hashes)
+        return self.dropped[np.minimum(places, len(self.dropped) - 1)] == split_hashes
 
     @property
     def _temporary(self) -> str:
@@ -316,7 +325,7 @@ class Steps:
 
 
 def _write_array(array: np.ndarray, path: Path) -> None:
-    """Through memory: `np.save` into a file reports a full disk without its errno."""
+    """Write through memory, because `np.save` to a file loses the errno of a full disk."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     path.write_bytes(buffer.getvalue())

@@ -1,4 +1,4 @@
-"""Training on a hash sample of the documents, and the view of a tokenizer that sharding needs."""
+"""Train tokenizers on a hash sample of the documents, and load them as sharding needs them."""
 
 import heapq
 import json
@@ -24,7 +24,7 @@ from s2t2_dist.data.shards import TOKENIZER_JSON, tokenizer_sha256
 from s2t2_dist.errors import DataError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# Training keeps about 90 bytes per character, so this is about 2 GB.
+# Characters. Training takes about 90 bytes of memory for each, so about 2 GB.
 DEFAULT_SAMPLE = 20_000_000
 
 
@@ -42,18 +42,18 @@ def train_tokenizer(
     Args:
         inputs: FASTA files, or text files (.jsonl, .txt); not both.
         vocab_size: tokens in all, special tokens included.
-        kind, algorithm: see `data_prep.trainers`; `tokenizers` itself trains BPE only.
-        sample: at most so many characters are trained on: those documents whose id hashes lowest.
+        sample: train on at most so many characters: on the documents whose ids hash lowest.
+        kind, algorithm: see `data_prep.trainers`; kind `bpe` trains no unigram model.
 
     Returns:
-        False if `target` already is this tokenizer.
+        False if `target` already is the result of the same inputs and options.
 
     Raises:
         DataError: bad input, or the data do not yield so many tokens.
-        ArtifactError: `target` exists and is something else.
+        ArtifactError: `target` exists and was made from other inputs or options.
     """
     if (kind, algorithm) == ("bpe", "unigram"):
-        raise DataError("unigram is trained by SentencePiece; give --kind sentencepiece with it")
+        raise DataError("--algorithm unigram needs SentencePiece; add --kind sentencepiece")
     protein = is_protein(inputs)
     request = {"kind": "tokenizer", "vocab_size": vocab_size, "sample_characters": sample}
     request |= {"trainer": kind, "algorithm": algorithm}
@@ -79,8 +79,8 @@ def train_tokenizer(
 def sample_documents(documents: Iterable[Document], characters: int) -> list[Document]:
     """The documents whose ids hash lowest, up to so many characters in all, in hash order.
 
-    One streaming pass that holds the sample and no more; the result does not depend on the order
-    of the documents (UniRef is sorted by length). Keeps at least one document.
+    One pass; memory holds only the sample. The result does not depend on the order of the
+    documents (UniRef is sorted by length). It has at least one document, if there is any.
     """
     heap: list[tuple[int, Document]] = []
     total, limit = 0, 1 << 64
@@ -108,7 +108,7 @@ def is_protein(inputs: Sequence[Path]) -> bool:
     """Whether the inputs are FASTA files.
 
     Raises:
-        DataError: some are and some are not.
+        DataError: only some of them are.
     """
     formats = {path: detect_format(path) == "fasta" for path in inputs}
     if len(set(formats.values())) > 1:
@@ -119,19 +119,20 @@ def is_protein(inputs: Sequence[Path]) -> bool:
 
 
 def _check_round_trip(tokenizer: Tokenizer, texts: list[str]) -> None:
-    tokenizer.encode_special_tokens = True  # not saved; a text may spell a special token
+    tokenizer.encode_special_tokens = True  # a text may spell a special token; not saved
     for text in texts[:100]:
-        assert tokenizer.decode(tokenizer.encode(text).ids) == text, "the tokenizer loses text"
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text, "the tokenizer changes text"
 
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
-    """A tokenizer folder as sharding sees it.
+    """What sharding needs of a tokenizer.
 
     Attributes:
+        sha256: see `tokenizer_sha256`.
         token_texts: the bytes of text that each token id stands for; empty for special tokens.
-        pad_token_id: the end token where the tokenizer has no padding token; readers mask padding
-            by length and never by id.
+        pad_token_id: the padding token, or the end token if there is none. Readers mask padding
+            by length, never by id.
     """
 
     backend: Tokenizer
@@ -142,7 +143,7 @@ class LoadedTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest token id."""
+        """The largest token id plus one."""
         return len(self.token_texts)
 
 
@@ -150,13 +151,16 @@ def load_tokenizer(directory: Path) -> LoadedTokenizer:
     """Read a Hugging Face tokenizer folder (`tokenizer.json` and `tokenizer_config.json`).
 
     Raises:
-        DataError: a file is missing or wrong, or there is no end token.
+        DataError: a file is missing or invalid, there is no end token, or the decoder is not
+            supported.
     """
     digest = tokenizer_sha256(directory)
     try:
         backend = Tokenizer.from_file(str(directory / TOKENIZER_JSON))
     except Exception as error:  # the library raises a bare Exception
-        raise DataError(f"{directory / TOKENIZER_JSON} is not a tokenizer ({error})") from None
+        raise DataError(
+            f"{directory / TOKENIZER_JSON} is not a tokenizer ({error}); copy the tokenizer again"
+        ) from None
     special = {name: _special_token(directory, name) for name in ("eos_token", "pad_token")}
     return view_tokenizer(backend, special, directory, digest)
 
@@ -164,20 +168,25 @@ def load_tokenizer(directory: Path) -> LoadedTokenizer:
 def view_tokenizer(
     backend: Tokenizer, special: dict, directory: Path = Path("the tokenizer"), digest: str = ""
 ) -> LoadedTokenizer:
-    """The view of a tokenizer whose special tokens are spelled so.
+    """What sharding needs of a tokenizer in memory.
 
     Args:
-        directory: names it in errors.
+        special: spellings of `eos_token` and, if there is one, `pad_token`.
+        directory: what errors call the tokenizer.
+        digest: its `sha256`.
 
     Raises:
-        DataError: there is no end token, or the decoder is of an unknown kind.
+        DataError: there is no end token, or the decoder is not supported.
     """
-    # Special tokens written out in a text are text, not the special tokens.
+    # A special token spelled out in a text is text, not the special token.
     backend.encode_special_tokens = True
     spelled = (special.get(name) for name in ("eos_token", "pad_token"))
     eos, pad = (token and backend.token_to_id(token) for token in spelled)
     if eos is None:
-        raise DataError(f"{directory / TOKENIZER_CONFIG} names no eos_token of this tokenizer")
+        raise DataError(
+            f"{directory / TOKENIZER_CONFIG} names no eos_token of this tokenizer; set it to a "
+            "special token of tokenizer.json"
+        )
     texts = _token_texts(backend, directory)
     return LoadedTokenizer(backend, digest, texts, eos, eos if pad is None else pad)
 
@@ -187,17 +196,17 @@ def _special_token(directory: Path, name: str) -> str | None:
     try:
         token = json.loads(path.read_text(encoding="utf-8")).get(name)
     except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{path} cannot be read ({error})") from None
+        raise DataError(f"{path} cannot be read ({error}); copy the tokenizer again") from None
     return token["content"] if isinstance(token, dict) else token
 
 
 def _token_texts(backend: Tokenizer, directory: Path) -> list[bytes]:
-    """Bytes of text per token id, from the token's own spelling."""
+    """The bytes of text that each token id stands for, from the token's spelling."""
     decoder = json.loads(backend.to_str())["decoder"] or {}
     if decoder.get("type") not in ("ByteLevel", "Fuse"):
         raise DataError(
-            f"{directory} has the decoder {decoder.get('type')}; byte-level BPE and this "
-            "project's own protein tokenizers are supported"
+            f"{directory} has the decoder {decoder.get('type')}, not ByteLevel or Fuse; use a "
+            "byte-level BPE tokenizer or a protein tokenizer of `s2t2 tokenizer train`"
         )
     byte_of = _byte_of_character() if decoder["type"] == "ByteLevel" else None
     vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -214,7 +223,7 @@ def _token_texts(backend: Tokenizer, directory: Path) -> list[bytes]:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """The byte-level alphabet of GPT-2, inverted: printable bytes stand for themselves."""
+    """Byte by character of GPT-2's byte-level alphabet, where printable bytes are themselves."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

@@ -1,9 +1,11 @@
-"""Texts -> a tokenizer: BPE by `tokenizers`, BPE or unigram by SentencePiece; in one file format.
+"""Train a tokenizer on texts: BPE by `tokenizers`, or BPE or unigram by SentencePiece.
 
-Proteins: an alphabet of 26 letters, no pre-tokenizer, an unknown token (a BPE model without one
-drops unknown characters silently) and a decoder that joins without spaces. Text: byte-level, its
-words cut as GPT-2 does. SentencePiece learns pieces of the same words, with its own handling of
-blanks and Unicode switched off; what it learned is written as a `tokenizers` model.
+- Proteins: an alphabet of 26 letters, no pre-tokenizer, a decoder that joins without spaces, and an
+  unknown token, because a BPE model without one silently drops unknown characters.
+- Text: byte-level, with GPT-2's pre-tokenizer.
+
+SentencePiece learns from the same words, with its own handling of whitespace and Unicode switched
+off. Its result is converted to a `tokenizers` model, so both libraries give the same kind of file.
 """
 
 import io
@@ -19,11 +21,11 @@ from s2t2_dist.errors import DataError
 Kind = Literal["bpe", "sentencepiece"]
 Algorithm = Literal["bpe", "unigram"]
 
-# Longer merges memorise repeats and boilerplate instead of the domain.
+# Characters. Longer tokens memorise repeats and boilerplate instead of the domain.
 MAX_TOKEN_LENGTH = 32
 # A pair seen once is noise, not a unit.
 MIN_FREQUENCY = 2
-# SentencePiece's BPE counts positions of a word in 16 bits.
+# Characters. SentencePiece's BPE stores positions in a word in 16 bits.
 LONGEST_WORD = 60_000
 
 PROTEIN_SPECIAL = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -46,7 +48,7 @@ def train(
     if vocab_size < smallest:
         raise DataError(
             f"a vocabulary of {vocab_size} is too small: the alphabet and the special tokens "
-            f"are {smallest}"
+            f"are {smallest}; ask for at least as many"
         )
     if kind == "bpe":
         tokenizer = Tokenizer(models.BPE(unk_token=special.get("unk_token")))
@@ -70,13 +72,13 @@ def train(
     if tokenizer.get_vocab_size() < vocab_size:
         raise DataError(
             f"the data yield only {tokenizer.get_vocab_size()} tokens, {vocab_size} were asked "
-            f"for; ask for fewer or give more data"
+            "for; ask for fewer or give more data"
         )
     return tokenizer
 
 
 def special_tokens(protein: bool) -> dict[str, str]:
-    """Names and spellings; their ids are their places."""
+    """Special tokens by name, in the order of their ids, which count from 0."""
     return PROTEIN_SPECIAL if protein else TEXT_SPECIAL
 
 
@@ -85,9 +87,9 @@ def _byte_level() -> pre_tokenizers.ByteLevel:
 
 
 def _words(texts: Sequence[str], protein: bool, alphabet: list[str]) -> Iterator[str]:
-    """What SentencePiece sees as sentences: whole proteins, or words in the byte-level alphabet.
+    """Yield SentencePiece's sentences: whole proteins, or words in the byte-level alphabet.
 
-    The alphabet comes first: SentencePiece leaves out a required character that it never met.
+    The alphabet comes first, because SentencePiece drops a required character that it never sees.
     """
     yield "".join(alphabet)
     for text in texts:
@@ -103,7 +105,7 @@ def _sentencepiece(
     alphabet: list[str],
     algorithm: Algorithm,
 ) -> models.Model:
-    count = vocab_size - len(special) + 1  # it counts an unknown token of its own
+    count = vocab_size - len(special) + 1  # SentencePiece counts its own unknown token
     pieces = _learn_pieces(texts, count, "unk_token" in special, alphabet, algorithm)
     first = list(special.values())
     if algorithm == "unigram":
@@ -152,7 +154,10 @@ def _learn_pieces(
 
 
 def _merges(pieces: list[tuple[str, float]]) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others, best piece first: SentencePiece merges by piece."""
+    """All pairs of pieces that join to a piece, best piece first.
+
+    SentencePiece scores pieces, not pairs, so it joins any such pair.
+    """
     known = {piece for piece, _ in pieces}
     by_score = sorted((piece for piece in pieces if len(piece[0]) > 1), key=lambda p: -p[1])
     return [

@@ -1,8 +1,8 @@
-"""Methods of one object over many arguments, in processes that end with the one that started them.
+"""Run methods of one object over many arguments, in worker processes that end with their parent.
 
-`Workers(1, job)` runs them here. Each process has a pipe of its own, so that the death of one, by
-whatever signal, is seen at once by the other side. (The standard library's pool shares one queue
-and hangs, now and then, when a process dies that was to read from it.)
+Each worker has a pipe of its own, so the parent notices at once when a worker dies of any signal.
+(The standard library's pool shares one queue, and sometimes hangs when a process dies that was
+about to read from it.)
 """
 
 import logging
@@ -18,11 +18,11 @@ from s2t2_dist.errors import S2T2Error
 
 
 class Workers:
-    """A context manager.
+    """A context manager that starts and ends the workers.
 
     Args:
-        count: processes; with 1 everything happens in this one.
-        job: the object; must survive pickling where `count` is above 1.
+        count: number of workers; with 1, the calling process does the work.
+        job: object whose methods are run; must be picklable if `count` is above 1.
     """
 
     def __init__(self, count: int, job: Any):
@@ -51,12 +51,12 @@ class Workers:
             process.join()
 
     def map(self, method: str, arguments: Iterable[tuple]) -> Iterator[Any]:
-        """`getattr(job, method)(*each)` for each of the arguments, in their order.
+        """Yield `getattr(job, method)(*each)` for each of the arguments, in their order.
 
-        One of the arguments is taken ahead; results wait for those before them.
+        At most one argument is read before a worker is free for it.
 
         Raises:
-            S2T2Error: a process was killed; and whatever the method raises.
+            S2T2Error: a worker was killed. Errors of the method are raised as they are.
         """
         if not self._pipes:
             for each in arguments:
@@ -67,7 +67,7 @@ class Workers:
         except (EOFError, ConnectionError):
             raise S2T2Error(
                 "a worker process was killed (out of memory?); run the command again, with fewer "
-                "--workers: it goes on"
+                "--workers, to continue where it stopped"
             ) from None
 
     def _share(self, method: str, arguments: Iterable[tuple]) -> Iterator[Any]:
@@ -85,7 +85,7 @@ class Workers:
         yield from (results[number] for number in sorted(results))
 
     def _collect(self, idle: list[Connection], results: dict[int, Any]) -> None:
-        """Wait for a result, and take all that are there."""
+        """Wait for a result, and take all that have arrived."""
         for pipe in wait([pipe for pipe in self._pipes if pipe not in idle]):
             number, result, error = pipe.recv()
             if error is not None:
@@ -95,9 +95,9 @@ class Workers:
 
 
 def _serve(pipe: Connection, job: Any, parent: int) -> None:
-    """In a worker: do what comes through the pipe, on one thread, until its other end closes."""
+    """Run the calls that arrive through the pipe, on one thread, until its other end closes."""
     os.environ["RAYON_NUM_THREADS"] = "1"
-    logging.disable(logging.WARNING)  # the parent says it once
+    logging.disable(logging.WARNING)  # the parent logs the same warnings once
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     while True:
         try:

@@ -1,4 +1,4 @@
-# Sourced by the scripts beside it: makes .venv once, reuses it, sets the environment of a run.
+# Sourced by the scripts of this project. Installs .venv once, and sets the environment of a run.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$ROOT/.venv
@@ -15,19 +15,19 @@ install_hash() {
   (cd "$ROOT" && cat setup.cfg pyproject.toml constraints.txt launch/common.sh) | sha256sum | cut -c 1-64
 }
 
-# is_installed run|test: a finished install that still fits. One with the tests' packages fits both.
+# is_installed run|test: whether a finished install is up to date. One for tests serves runs too.
 is_installed() {
   local hash
   hash=$(install_hash)
   [[ ! -e $UNFINISHED && $(cat "$VENV/.installed-$1" 2>/dev/null) == "$hash" ]] && is_usable
 }
 
-# A copied or moved checkout has a .venv whose scripts point to the old place.
+# In a copied or moved checkout the scripts of .venv point to the old path.
 is_usable() {
   grep -qF "$VENV" "$VENV/bin/activate" 2>/dev/null && "$VENV/bin/python" -c "" 2>/dev/null
 }
 
-# require_tools PYTHON: everything that pip cannot bring.
+# require_tools PYTHON: fails if something is missing that pip cannot install.
 require_tools() {
   command -v "$1" >/dev/null || fail "$1 not found; install Python 3.11 or later"
   "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
@@ -41,7 +41,7 @@ sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").is_file())'
     fail "no C++ compiler; install one (Debian, Ubuntu: apt-get install g++) or set CXX"
 }
 
-# logged LABEL COMMAND...: one line on the terminal, the output in the log.
+# logged LABEL COMMAND...: prints one line; the command's output goes to the log.
 logged() {
   local label=$1 begin=$SECONDS
   shift
@@ -54,7 +54,7 @@ logged() {
   printf '%d s\n' $((SECONDS - begin))
 }
 
-# Every rank would compile them in the first run otherwise.
+# Compiles now; otherwise every rank would in the first run.
 build_passes() {
   python -c '
 import torch
@@ -62,12 +62,12 @@ from s2t2_dist.ot.native import library
 library.can_call(torch.ones(1))'
 }
 
-# install run|test [EXTRA]: the steps, without a look at what is there.
+# install run|test [EXTRA]: runs every step, without checking for an earlier install.
 install() {
   local pip=(python -m pip install --no-input --progress-bar off -c "$ROOT/constraints.txt")
   local python=${PYTHON:-python3}
   require_tools "$python"
-  python=$("$python" -c 'import sys; print(sys._base_executable)') # .venv may be the active one
+  python=$("$python" -c 'import sys; print(sys._base_executable)') # .venv's own may be active
   if [[ -d $VENV ]] && { [[ -e $UNFINISHED ]] || ! is_usable; }; then
     echo "the last installation was interrupted, or $VENV was moved: making it again"
     rm -rf "$VENV"
@@ -77,7 +77,7 @@ install() {
   : >"$INSTALL_LOG"
   logged "install 1/4: virtual environment" "$python" -m venv "$VENV"
   use_environment
-  # DeepSpeed's setup.py imports torch; without these first, pip would fetch a second torch for it.
+  # DeepSpeed's setup.py imports torch. If torch is installed first, pip fetches no second one.
   logged "install 2/4: torch and build tools" \
     "${pip[@]}" torch numpy ninja setuptools wheel packaging psutil py-cpuinfo
   logged "install 3/4: s2t2-dist and its requirements" \
@@ -86,10 +86,10 @@ install() {
   rm -f "$UNFINISHED"
 }
 
-# ensure_installed run|test: returns in a moment when a finished install fits.
+# ensure_installed run|test: installs, unless a finished install is up to date.
 ensure_installed() {
   (
-    if command -v flock >/dev/null; then flock 9; fi # two scripts at once: the second one waits
+    if command -v flock >/dev/null; then flock 9; fi # of two scripts at once, the second waits
     is_installed "$1" && exit
     if [[ $1 == test ]]; then install test "[test]"; else install run; fi
     install_hash >"$VENV/.installed-run"
@@ -98,7 +98,8 @@ ensure_installed() {
   use_environment
 }
 
-# use_environment: what every process of a run needs; values that are set already are kept.
+# use_environment: what every process of a run needs. DS_ACCELERATOR and OMP_NUM_THREADS are kept
+# if they are set.
 use_environment() {
   export VIRTUAL_ENV=$VENV PATH="$VENV/bin:$PATH"
   export TORCH_EXTENSIONS_DIR=$VENV/torch_extensions

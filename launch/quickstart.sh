@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The main job on the protein sample with the model `tiny`, on two processes: a tokenizer, shards,
-# translation and finetuning, three other ways to finetune, the export and the comparison.
-# Run again, it goes on where it was stopped and repeats nothing that is finished.
+# Runs the main job on the protein sample with the demo model `tiny`, on two processes: trains a
+# tokenizer, builds shards, translates and finetunes, runs three baselines, exports and compares.
+# A second call continues where the first was stopped and repeats nothing that is finished.
 #
-#   bash launch/quickstart.sh           every step of the recipes; results in runs/
-#   bash launch/quickstart.sh --short   10 steps per stage, to see that all of it works; in runs/short/
+#   bash launch/quickstart.sh           all steps of the recipes; results in runs/
+#   bash launch/quickstart.sh --short   10 steps per stage, to check that it works; in runs/short/
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -13,9 +13,9 @@ MODEL=launch/assets/tiny
 DATA=runs/data
 CONTEXT=128
 RUNS=runs
-SHORT=() # overrides of every stage where the runs are short
+SHORT=() # with --short, overrides for every stage
 
-# step LABEL COMMAND...: run it and say how long it took.
+# step LABEL COMMAND...: runs the command and prints how long it took.
 step() {
   local label=$1 begin=$SECONDS
   shift
@@ -24,8 +24,8 @@ step() {
   printf '== %s: %d s\n' "$label" $((SECONDS - begin))
 }
 
-# train NAME RECIPE [KEY=VALUE...]: a recipe on two processes, in the run directory NAME. The
-# launcher's exit code alone is not reliable, so the status file that the run leaves has to agree.
+# train NAME RECIPE [KEY=VALUE...]: runs a recipe on two processes, in the run directory NAME. The
+# launcher's exit code is not reliable, so status.json must say that the run is done.
 train() {
   local name=$1 recipe=launch/recipes/$2.yaml port stage
   shift 2
@@ -41,7 +41,7 @@ train() {
   deepspeed --num_gpus 2 --master_port "$port" --log_level error \
     --module s2t2_dist.train "$recipe" "${overrides[@]}"
   is_done "$name" ||
-    fail "$RUNS/$name did not finish; see $RUNS/$name/status.json, and run this script again to go on"
+    fail "$RUNS/$name did not finish; see $RUNS/$name/status.json, and run this script again to resume"
 }
 
 is_done() {

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Run a recipe on this node, on every node of a hostfile, or as one node of several.
+# Runs a recipe on this node, on every node of a hostfile, or as one node of several.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/status.sh"
 
-KILL_SECONDS=90 # after the run's end, or a rank's failure: MLflow may take 60
-# What the other nodes need of this one's environment, beside what DeepSpeed hands on by itself.
+# From the run's end, or a rank's failure, to SIGKILL. The last upload to MLflow may take 60 s.
+KILL_SECONDS=90
+# Variables that the other nodes need from this one, besides those that DeepSpeed forwards.
 EXPORTS=(PATH VIRTUAL_ENV DS_ACCELERATOR OMP_NUM_THREADS TORCH_EXTENSIONS_DIR GLOO_SOCKET_IFNAME
   HF_HOME HF_HUB_OFFLINE)
 
@@ -15,24 +16,24 @@ usage: launch/run_node.sh [OPTION]... RECIPE [KEY=VALUE]...
 
 On this node alone:
   launch/run_node.sh --gpus 8 RECIPE
-From one node to all, over ssh and pdsh (a line `HOST slots=GPUS` per node):
+On every node of a hostfile, over ssh and pdsh (a line `HOST slots=GPUS` per node):
   launch/run_node.sh --hostfile FILE RECIPE
-The same command on every node, but for --node-rank, where there is no ssh:
+Without ssh, the same command on every node, each with its own --node-rank:
   launch/run_node.sh --nodes 4 --node-rank 0 --master-addr HOST0 --gpus 8 RECIPE
 
   --gpus N          ranks on this node (default: its GPUs, or 1)
   --master-addr A   address of node 0 that every node reaches
-  --master-port P   a port that is free there (default 29500)
-  --ssh-port P      with --hostfile, where it is not 22
+  --master-port P   free port on node 0 (default 29500)
+  --ssh-port P      ssh port for --hostfile (default 22)
 
-The recipe's paths are relative to the working directory, which every node must see. The same
-command again goes on from the last checkpoint. SIGTERM, SIGUSR1 or Ctrl-C: the run saves a
+Paths in the recipe are relative to the working directory, which every node must see. The same
+command again resumes from the last checkpoint. On SIGTERM, SIGUSR1 or Ctrl-C the run saves a
 checkpoint and ends; a second Ctrl-C kills it. Exit codes: 0 done, 2 a mistake in the recipe or
 data, 3 stopped with a checkpoint, 1 anything else. More: docs/cluster.md
 END
 }
 
-# parse ARGUMENT...: the options and the recipe with its overrides.
+# parse ARGUMENT...: sets the options, and RECIPE to the recipe with its overrides.
 parse() {
   HOSTFILE='' NODES=1 NODE_RANK=0 MASTER_ADDR='' MASTER_PORT='' SSH_PORT='' GPUS=''
   while [[ ${1:-} == -* ]]; do
@@ -53,7 +54,7 @@ parse() {
   [[ $# -gt 0 ]] || fail "no recipe given; see launch/run_node.sh --help"
   RECIPE=("$@")
   [[ -z $HOSTFILE || -f $HOSTFILE ]] || fail "hostfile $HOSTFILE does not exist"
-  ((NODES == 1)) || [[ -n $MASTER_ADDR ]] || fail "--nodes $NODES needs --master-addr, node 0's"
+  ((NODES == 1)) || [[ -n $MASTER_ADDR ]] || fail "--nodes $NODES needs --master-addr, node 0's address"
   ((NODE_RANK < NODES)) || fail "--node-rank $NODE_RANK is not below --nodes $NODES"
 }
 
@@ -70,7 +71,7 @@ over_ssh() {
   ssh -n -o BatchMode=yes -o ConnectTimeout=10 ${SSH_PORT:+-p "$SSH_PORT"} "$@"
 }
 
-# Every host must answer and see this folder and this python; one line for each that does not.
+# Every host must answer to ssh and have this folder and python. Prints a line per host that fails.
 check_hosts() {
   local host python checks=() failed=0
   python=$(command -v python)
@@ -88,7 +89,8 @@ check_hosts() {
   ((failed == 0)) || exit 2
 }
 
-# A .deepspeed_env: the user's lines, without the blank ones and comments that DeepSpeed chokes on.
+# Prints a .deepspeed_env: EXPORTS and the user's lines, without the blank lines and comments that
+# DeepSpeed cannot parse.
 write_environment() {
   local name
   grep -hsE '^[A-Za-z_][A-Za-z0-9_]*=' .deepspeed_env ~/.deepspeed_env || true
@@ -105,7 +107,7 @@ warn_of_secrets() {
   done
 }
 
-# Every start is in a session of its own: the terminal's Ctrl-C reaches this script alone.
+# Starts a command in a session of its own, so that the terminal's Ctrl-C reaches only this script.
 start() {
   setsid "$@" &
   STARTED+=($!)
@@ -117,7 +119,7 @@ start_everywhere() {
   ENVIRONMENT=$(mktemp)
   write_environment >"$ENVIRONMENT"
   export DS_ENV_FILE=$ENVIRONMENT
-  # Without these an ssh to a host whose link is cut would wait for ever, and pdsh with it.
+  # Without these, ssh to an unreachable host would wait forever, and pdsh with it.
   export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o BatchMode=yes -o ServerAliveInterval=5 -o ServerAliveCountMax=4"
   start deepspeed --hostfile "$HOSTFILE" --log_level error --master_port "${MASTER_PORT:-29500}" \
     ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} ${SSH_PORT:+--ssh_port "$SSH_PORT"} \
@@ -138,7 +140,8 @@ start_here() {
   done
 }
 
-# Tell the run to save and end. Over ssh rank 0 is enough: it tells the others within a step.
+# Tells the run to save and end. With a hostfile only rank 0 gets the signal; all ranks stop after
+# the same step.
 stop() {
   local now host pid
   ((STOPS += 1))
@@ -163,7 +166,8 @@ kill_all() {
   for leader in "${STARTED[@]}"; do kill -KILL -- "-$leader" 2>/dev/null || true; done
 }
 
-# Wait for everything that was started; sets CODE to the worst exit code, 2 and 3 before any crash.
+# Waits for all started processes. Sets CODE to 0, or to the lowest exit code of those that failed:
+# 2 and 3 say more than the codes of killed processes.
 wait_for_end() {
   local leader code deadline=0 i
   local -A alive=()
@@ -184,14 +188,14 @@ wait_for_end() {
     fi
     if ((deadline > 0 && SECONDS > deadline)); then kill_all; fi
   done
-  # Another node's rank 0 may be a moment behind.
+  # Rank 0 on another node may write its status a moment later.
   for ((i = 0; i < 10 && (CODE == 0 || CODE == 3); i++)); do
     [[ $(field state "$(status_of "$RUN_DIR")") == running ]] || break
     sleep 1
   done
 }
 
-# Whether this job has written an end into the run's status.
+# Whether this job has written to status.json that the run has ended.
 has_ended() {
   local now
   now=$(status_of "$RUN_DIR")

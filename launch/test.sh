@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The linter, then the tests: all but the long ones, in two lanes. Arguments go to pytest.
+# Runs the linter, then all tests but the long ones, in two processes. Arguments go to pytest.
 #
 #   bash launch/test.sh                 what CI runs
 #   bash launch/test.sh -m "not slow"   the quick ones
@@ -11,7 +11,8 @@ ensure_installed test
 cd "$ROOT"
 ruff check .
 ruff format --check .
-# In the order of their names: the files with the fewest tests, which take longest, are not last.
+# In order of name: pytest-xdist would start the files with the fewest tests last, and those are the
+# slowest.
 LANES=(-n 2 --dist loadfile --no-loadscope-reorder)
 case "$*" in
 "") exec python -m pytest "${LANES[@]}" -m "not soak" ;;

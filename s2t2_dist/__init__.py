@@ -1,10 +1,10 @@
-"""Sparse Sinkhorn Token Translation as a distributed training system."""
+"""Sparse Sinkhorn Token Translation (S2T2) as a distributed training system."""
 
 __all__ = ["load_translation"]
 
 
 def __getattr__(name: str) -> object:
-    """Import `load_translation` on first use: data preparation must not pay for torch."""
+    """Import `load_translation` on first use, because data preparation does not need torch."""
     if name == "load_translation":
         from s2t2_dist.lm.translation import load_translation
 

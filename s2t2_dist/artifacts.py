@@ -1,8 +1,11 @@
-"""The disk contract: a directory that is a result is either complete and hashed, or not there.
+"""The disk contract: a result directory is complete and hashed, or it does not exist.
 
-A directory is written under a temporary name beside its target. Its `manifest.json` (size and
-sha256 of every file, plus what the writer wants to record) comes next, `COMPLETE` (the sha256 of
-the manifest) last, and then one rename puts it in place.
+A result is written in this order:
+
+1. its files, in a directory with a temporary name beside the target;
+2. `manifest.json`: size and sha256 of every file, and whatever the writer records;
+3. `COMPLETE`: the sha256 of the manifest;
+4. one rename to the target.
 """
 
 import errno
@@ -86,7 +89,7 @@ def list_files(directory: Path) -> list[str]:
 
 
 def describe_files(directory: Path, names: list[str]) -> dict[str, dict]:
-    """Size and sha256 of the named files, each flushed to the device first."""
+    """Size in bytes and sha256 of the named files, each flushed to the device first."""
     entries = {}
     for name in names:
         path = directory / name
@@ -99,8 +102,8 @@ def seal(directory: Path, record: dict, files: dict[str, dict] | None = None) ->
     """Write `manifest.json` and then `COMPLETE` into a directory whose files are all written.
 
     Args:
-        record: what the manifest says beside its file list; must not hold the key `files`.
-        files: the entries where the caller hashed them already (several ranks share that work).
+        record: what else the manifest says; must not have the key `files`.
+        files: the file entries, if the caller has them already (ranks may share the hashing).
     """
     if files is None:
         files = describe_files(directory, list_files(directory))
@@ -109,7 +112,7 @@ def seal(directory: Path, record: dict, files: dict[str, dict] | None = None) ->
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether the directory was sealed. Says nothing of its files: see `verify`."""
+    """Whether the directory was sealed. Does not check its files: see `verify`."""
     return (directory / COMPLETE).is_file()
 
 
@@ -117,7 +120,7 @@ def read_manifest(directory: Path) -> dict:
     """The manifest of a sealed directory.
 
     Raises:
-        ArtifactError: not sealed, or the manifest is not the one that was sealed.
+        ArtifactError: the directory was not sealed, or the manifest was changed since.
     """
     if not is_complete(directory):
         what = "has no COMPLETE file: it was not finished" if directory.is_dir() else "is missing"
@@ -134,11 +137,11 @@ def verify(
 
     Args:
         hashes: compare sha256 as well as sizes (reads every byte).
-        share: (rank, size) where several ranks check a part of the files each.
-        exact: refuse a file that the manifest does not list.
+        share: (rank, size): check only this rank's share of the files.
+        exact: also raise an error for a file that the manifest does not list.
 
     Raises:
-        ArtifactError: names the first file that is missing, of another size, altered or unlisted.
+        ArtifactError: a file is missing, altered, of another size or unlisted; names the first.
     """
     manifest = read_manifest(directory)
     rank, size = share
@@ -151,7 +154,7 @@ def verify(
 
 
 def verify_file(path: Path, entry: dict, hashes: bool) -> None:
-    """Check one file against its entry in the manifest; errors as for `verify`."""
+    """Check one file against its entry in the manifest; raises what `verify` raises."""
     if not path.is_file():
         raise ArtifactError(f"{path} is missing, but the manifest lists it; make it again")
     size = path.stat().st_size
@@ -162,7 +165,7 @@ def verify_file(path: Path, entry: dict, hashes: bool) -> None:
 
 
 def publish(temporary: Path, target: Path) -> None:
-    """Move a sealed directory to its final name; the rename is the moment it exists."""
+    """Rename a sealed directory to its final name; from that moment the result exists."""
     fsync_path(temporary)
     temporary.rename(target)
     fsync_path(target.parent)
@@ -176,7 +179,7 @@ def sealed_directory(target: Path, record: dict) -> Iterator[Path]:
     add to `record` inside the block.
 
     Raises:
-        ArtifactError: `target` exists; nothing is ever overwritten.
+        ArtifactError: `target` exists; it is never overwritten.
     """
     if target.exists():
         raise ArtifactError(f"{target} exists; choose another folder or remove it yourself")
@@ -194,7 +197,11 @@ def sealed_directory(target: Path, record: dict) -> Iterator[Path]:
 
 
 def disk_error(error: OSError, doing: str) -> S2T2Error | None:
-    """The one-line error for a full or read-only disk, or None for any other OSError."""
+    """The one-line error for a full or read-only disk; None for any other OSError.
+
+    Args:
+        doing: what was being done, for the message: "saving X".
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return S2T2Error(f"no space left while {doing} ({error}); free space and run again")
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):

@@ -1,7 +1,7 @@
 """Collectives behind one small interface. The only module that imports `torch.distributed`.
 
-The solvers and the trainer call a `Comm`; with one process it does nothing, so there is one code
-path for one rank and for many.
+The solvers and the trainer call a `Comm`. With one process its collectives do nothing, so one rank
+and many ranks run the same code.
 """
 
 import os
@@ -18,18 +18,18 @@ from safetensors import SafetensorError
 from s2t2_dist.artifacts import disk_error
 from s2t2_dist.errors import S2T2Error
 
-# How long the ranks wait for each other at the start: a node whose launch failed never comes.
-START_TIMEOUT = 300.0  # seconds
-# Below so many bytes of all ranks gloo's sums are bound by its rounds, not by the network.
+# Seconds that ranks wait for each other at the start. A node whose launch failed never joins.
+START_TIMEOUT = 300.0
+# Bytes over all ranks. Up to here the number of rounds bounds gloo's sums, not the bandwidth.
 MOST_GATHERED = 1 << 20
 
 T = TypeVar("T")
 
 
 class Comm:
-    """A group of ranks, and what they do together; as it stands, a group of one.
+    """A group of ranks and its collectives. This class is a group of one rank.
 
-    With one rank every collective is the identity. `GroupComm` is the same for many.
+    With one rank every collective is the identity. `GroupComm` has the same methods for many.
     """
 
     rank = 0
@@ -39,7 +39,7 @@ class Comm:
         self.hosts = [socket.gethostname()]
 
     def name(self, rank: int) -> str:
-        """A rank as messages call it: `rank 3 on node2`."""
+        """A rank's name in messages: `rank 3 on node2`."""
         return f"rank {rank} on {self.hosts[rank]}"
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -66,9 +66,9 @@ class GroupComm(Comm):
     """A `torch.distributed` process group (gloo or NCCL). Every rank must make it.
 
     Args:
-        timeout: if given, make a new group over all ranks whose collectives wait so many seconds,
-            so that they do not interleave with another user's (NCCL orders calls per group);
-            default: the group that `join` made.
+        timeout: make a new group over all ranks, whose collectives wait so many seconds. Its calls
+            do not interleave with those of other groups (NCCL orders calls per group). Default:
+            the group that `join` made.
     """
 
     def __init__(self, timeout: float | None = None):
@@ -79,7 +79,7 @@ class GroupComm(Comm):
         self._on_gloo = dist.get_backend(self.group) == "gloo"
 
     def gathers(self, tensor: torch.Tensor) -> bool:
-        """Whether `sum_` gathers: half as many rounds as the ring of gloo's all-reduce takes."""
+        """Whether `sum_` gathers, which takes half as many rounds as gloo's ring all-reduce."""
         return self._on_gloo and tensor.nbytes * self.size <= MOST_GATHERED
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -111,13 +111,13 @@ class GroupComm(Comm):
 def join(backend: str, timeout: float) -> None:
     """Meet the other ranks of the job and form its process group.
 
-    Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as every launcher sets them.
+    Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which every launcher sets.
 
     Args:
         timeout: seconds that a collective may wait for the slowest rank.
 
     Raises:
-        S2T2Error: the port is taken, rank 0 cannot be reached, or some ranks did not come.
+        S2T2Error: the port is taken, rank 0 cannot be reached, or some ranks did not join.
     """
     rank = int(os.environ["RANK"])
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -128,7 +128,7 @@ def join(backend: str, timeout: float) -> None:
         reason = " ".join(str(error).split())[:200]
         raise S2T2Error(
             f"rank {rank} on {socket.gethostname()} found no other ranks at {where} ({reason}); "
-            "see what the other nodes printed, and whether an earlier run still holds the port"
+            "check the output of the other nodes, and whether an earlier run still holds the port"
         ) from None
     _choose_interface()
     wait = timedelta(seconds=timeout)
@@ -136,9 +136,9 @@ def join(backend: str, timeout: float) -> None:
 
 
 def _choose_interface() -> None:
-    """Have gloo use the interface that leads to rank 0, unless the user chose one.
+    """Make gloo use the interface that leads to rank 0, unless the user chose one.
 
-    By itself it takes the address of this host's name, which many systems set to 127.0.1.1.
+    By default gloo takes the address of this host's name, which many systems set to 127.0.1.1.
     """
     master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     family, kind, _, _, address = socket.getaddrinfo(*master, type=socket.SOCK_DGRAM)[0]
@@ -151,21 +151,25 @@ def _choose_interface() -> None:
 
 
 def world_comm(timeout: float | None = None) -> Comm:
-    """The `Comm` over every rank of the job; a `Comm` where no group was initialised."""
+    """The `Comm` over every rank of the job; a group of one if `join` was not called.
+
+    Args:
+        timeout: see `GroupComm`.
+    """
     return GroupComm(timeout) if dist.is_initialized() else Comm()
 
 
 def new_group(timeout: float, ranks: Iterable[int] | None = None) -> dist.ProcessGroup:
-    """A group of these ranks, default all, whose collectives wait `timeout` seconds."""
+    """A group of these ranks (default: all) whose collectives wait `timeout` seconds."""
     ranks = None if ranks is None else list(ranks)
     return dist.new_group(ranks, timeout=timedelta(seconds=timeout))
 
 
 def cut_short(error: BaseException) -> str | None:
-    """How a collective ended without all ranks; None for any other error.
+    """Why a collective failed for lack of a rank, read from gloo's message; None for other errors.
 
-    gloo says it in its messages only. "timeout": this rank gave up waiting. "closed": another rank
-    closed its connections, as it does when it ends or gives up itself.
+    "timeout": this rank gave up waiting. "closed": another rank closed its connections, as a rank
+    does when it ends or gives up.
     """
     text = str(error).lower() if isinstance(error, RuntimeError) else ""
     if "timed out waiting" in text:
@@ -174,16 +178,16 @@ def cut_short(error: BaseException) -> str | None:
 
 
 def agree(comm: Comm, step: Callable[[], T], doing: str) -> T:
-    """Run a step that may fail on some ranks only; returns this rank's result. A collective.
+    """Run a step that may fail on some ranks only, and return this rank's result. A collective.
 
-    The step must reach every collective that it holds even where it fails: best, it holds none.
+    The step must reach all of its collectives even if it fails. Best, it has none.
 
     Args:
-        doing: what the step does, for the message of a full disk: "saving X".
+        doing: what the step does, for messages about the disk: "saving X".
 
     Raises:
-        S2T2Error: the same on every rank, where the step failed on any with an error of ours, of
-            the file system or of safetensors. Names the first rank that failed, unless all did.
+        S2T2Error: the same error on every rank, if the step raised an S2T2Error, an OSError or a
+            SafetensorError on any rank. Names the first rank that failed, unless all did.
     """
     result, problem = None, None
     try:

@@ -1,4 +1,4 @@
-"""C++ beside a module, compiled once per machine and called through ctypes."""
+"""Compile the C++ file beside a module, once per kind of machine, and call it through ctypes."""
 
 import ctypes
 import hashlib
@@ -13,13 +13,16 @@ FLAGS = "-std=c++17 -O3 -march=native -fopenmp-simd -fno-trapping-math -shared -
 
 
 def load_compiled(source: Path, otherwise: str, *flags: str) -> ctypes.CDLL | None:
-    """The library of a C++ file; compiled, and kept for later processes, if need be.
+    """Load the library of a C++ file; compile it first unless an earlier process has done so.
 
-    It may include headers beside it whose names begin with its own.
+    The file may include headers beside it whose names begin with its own.
 
     Args:
-        otherwise: what is done without it, for the log; said where None is returned.
-        flags: of the compiler, besides FLAGS.
+        otherwise: what the caller does without the library; logged when None is returned.
+        flags: compiler flags besides FLAGS.
+
+    Returns:
+        The library, or None if there is no compiler or it fails.
     """
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
@@ -28,7 +31,7 @@ def load_compiled(source: Path, otherwise: str, *flags: str) -> ctypes.CDLL | No
     path = _cache_folder() / f"s2t2-{source.stem}-{_machine_hash(source, compiler, flags)}.so"
     try:
         if not path.exists():
-            # Several ranks may compile at once: each renames a file of its own.
+            # Ranks may compile at the same time: each renames a file of its own.
             temporary = path.with_suffix(f".{os.getpid()}")
             command = [compiler, *FLAGS.split(), *flags, str(source), "-o", str(temporary)]
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +49,7 @@ def _cache_folder() -> Path:
 
 
 def _machine_hash(source: Path, compiler: str, flags: tuple[str, ...]) -> str:
-    """What the compiled code depends on. Nodes of different kinds may share a home folder."""
+    """A hash of all that the compiled code depends on; unlike nodes may share a home folder."""
     sources = [source, *sorted(source.parent.glob(f"{source.stem}*.h"))]
     parts = [path.read_text() for path in sources] + [FLAGS, *flags, compiler, platform.machine()]
     try:

@@ -1,6 +1,6 @@
-"""What a user's mistake raises. `cli` prints the message as one line and exits with code 2.
+"""Errors for mistakes of users. `cli` prints the message as one line and exits with code 2.
 
-A message names what was found, what was expected and what to do. `assert` is for our own mistakes.
+A message says what was found, what was expected and what to do. `assert` is for bugs.
 """
 
 
@@ -8,14 +8,14 @@ class S2T2Error(Exception):
     """Base of every error that is not a bug in this package.
 
     Attributes:
-        collective: every rank raises it, so that one of them is enough to print it.
+        collective: every rank raises the error, so only one of them needs to print it.
     """
 
     collective = False
 
     @property
     def lines(self) -> list[str]:
-        """What to print: one line for each problem."""
+        """What to print: one line per problem."""
         return [" ".join(str(self).split())]
 
 
@@ -41,7 +41,7 @@ class PreflightError(S2T2Error):
     """Some ranks cannot take part in a job; every rank raises it.
 
     Args:
-        problems: one line each, which names the host.
+        problems: one line per problem, which names the rank's host.
     """
 
     collective = True

@@ -1,4 +1,4 @@
-"""`key=value` settings behind a recipe: dotted keys into plain values, as read from YAML."""
+"""`key=value` overrides of a recipe: a dotted key and a YAML value."""
 
 from typing import Any
 
@@ -8,14 +8,19 @@ from s2t2_dist.errors import ConfigError
 
 
 def apply_override(values: dict, override: str) -> None:
-    """Set one key of the plain values of a recipe, in place.
+    """Set one key of a recipe, in place.
+
+    Args:
+        values: the recipe as read from YAML.
+        override: `key=value`; the parts of the key select mapping keys, and list items by name,
+            kind or number.
 
     Raises:
-        ConfigError: not `key=value`, a value that is not YAML, or a path that is not there.
+        ConfigError: not `key=value`, the value is not YAML, or the key does not lead to a setting.
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override {override!r} is not key=value")
+        raise ConfigError(f"override {override!r} is not key=value; write it like seed=17")
     *parents, last = key.split(".")
     node: Any = values
     for i, part in enumerate(parents):
@@ -24,13 +29,17 @@ def apply_override(values: dict, override: str) -> None:
         else:
             node = node.setdefault(part, {})
         if not isinstance(node, dict | list):
-            raise ConfigError(f"override {override!r}: {part!r} holds a value, not keys")
+            raise ConfigError(
+                f"override {override!r}: {part!r} holds a value, not keys; end the key there"
+            )
     if isinstance(node, list):
-        raise ConfigError(f"override {override!r}: name a key of one item of {parents[-1]}")
+        raise ConfigError(
+            f"override {override!r} replaces an item of {parents[-1]}; set a key of the item"
+        )
     try:
         node[last] = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not YAML") from None
+        raise ConfigError(f"override {override!r}: the value is not YAML; quote it") from None
 
 
 def _list_item(items: list, part: str, path: str) -> Any:
@@ -41,4 +50,4 @@ def _list_item(items: list, part: str, path: str) -> Any:
         return items[names.index(part)]
     if part.isdecimal() and int(part) < len(items):
         return items[int(part)]
-    raise ConfigError(f"override: {path} is not there, found {names}")
+    raise ConfigError(f"override: {path} does not exist, found {names}; name one of them")

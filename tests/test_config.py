@@ -137,7 +137,7 @@ def test_overrides_reach_a_stage_by_name_and_by_number(write):
         (["stages.translate.learning_rate=.inf"], "stages.0.translate.learning_rate"),
         (["stages.translate.name=a/b"], "stages.0.translate.name"),
         (["stages.translate.name=.."], "stages.0.translate.name"),
-        (["stages=[foo]", "stages.translate.max_steps=3"], "stages.translate is not there"),
+        (["stages=[foo]", "stages.translate.max_steps=3"], "stages.translate does not exist"),
         (["stages=[foo]", "stages.foo.max_steps=3"], "holds a value"),
         (["stages=[foo]"], "stages.0"),
     ],

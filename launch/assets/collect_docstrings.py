@@ -1,9 +1,9 @@
-"""Collect the English that every install has: the docstrings of the packages it is made of.
+"""Collect the English text that every install has: the docstrings of its packages.
 
     python launch/assets/collect_docstrings.py --out english.jsonl.gz --sources english-sources.json
 
 Reads the source of the standard library and of every installed distribution under a permissive
-licence; imports none of it. The same interpreter and the same package versions give the same bytes.
+licence, and imports none of it. The same interpreter and package versions give the same bytes.
 """
 
 import argparse
@@ -29,9 +29,9 @@ BLOCK_FIELDS = ("body", "orelse", "finalbody", "handlers", "cases")
 
 
 def declared_licence(package: Distribution) -> str:
-    """The licence a distribution states in its metadata on one line, or an empty string.
+    """The licence that a distribution's metadata states, on one line; empty if it states none.
 
-    The SPDX expression where there is one, else the classifiers, else the first line of `License`.
+    It is the SPDX expression, else the classifiers, else the first line of `License`.
     """
     metadata = package.metadata
     if expression := metadata.get("License-Expression"):
@@ -46,7 +46,7 @@ def declared_licence(package: Distribution) -> str:
 def is_permissive(licence: str) -> bool:
     """Whether a declared licence names a permissive one and no restricted one.
 
-    A package that states no licence, or one that is not recognised, is not permissive here.
+    No licence, or one that is not recognised, counts as not permissive.
     """
     return bool(PERMISSIVE.search(licence)) and not RESTRICTED.search(licence)
 
@@ -65,7 +65,7 @@ def package_files(package: Distribution) -> list[tuple[str, Path]]:
 
 
 def docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    """Yield (qualified name, cleaned docstring) of a module or a definition and those inside it."""
+    """Yield (qualified name, cleaned docstring) of a node and of all definitions inside it."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         text = ast.get_docstring(node, clean=False)
         if text is not None:
@@ -79,7 +79,7 @@ def docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
 
 
 def read_module(relative: str, path: Path) -> list[tuple[str, str]]:
-    """The docstrings of one source file; none where it cannot be parsed (templates, Python 2)."""
+    """The docstrings of one source file; none if it cannot be parsed (templates, Python 2)."""
     module = relative.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     try:
         tree = ast.parse(path.read_bytes())
@@ -98,7 +98,7 @@ def usable(text: str) -> bool:
 
 
 def new_records(files: list[tuple[str, Path]], seen: set[bytes]) -> list[dict]:
-    """The records of one package whose text no earlier one had; `seen` holds the text hashes."""
+    """The records of one package whose text is new; adds their text hashes to `seen`."""
     records = []
     for relative, path in files:
         for name, text in read_module(relative, path):
@@ -112,7 +112,7 @@ def new_records(files: list[tuple[str, Path]], seen: set[bytes]) -> list[dict]:
 
 
 def collect(stdlib: Path | None, site: Path, output: Path) -> dict:
-    """Write the JSONL.gz and return what went into it.
+    """Write the JSONL.gz and return a summary of it.
 
     Args:
         stdlib: folder of the standard library, or None to leave it out.

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Makes the base models again from nothing: English, tokenizer, shards, two pretrainings. Hours on
-# two cores; run again after an interruption, it goes on. WORK=DIR keeps the intermediate files.
+# Remakes the base models from scratch: collects English text, trains a tokenizer, builds shards and
+# pretrains two models. Takes hours on two cores; a second call continues after an interruption.
+# Intermediate files go to WORK (default: build/assets).
 #
-# The protein sample is drawn from a larger file; give that as the argument to draw it again:
+# The protein sample is drawn from a larger file. To draw it again, give that file:
 #     bash launch/assets/make.sh [swissprot50.fasta.gz]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
-# The tests' packages too: the English is what the install holds, and the tests' part of it counts.
+# Installs the tests' packages too, because their docstrings are part of the English text.
 ensure_installed test
 cd "$ROOT"
 ASSETS=launch/assets

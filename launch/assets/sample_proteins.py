@@ -3,10 +3,9 @@
     python launch/assets/sample_proteins.py swissprot50.fasta.gz --clusters 4000 \\
         --out proteins.fasta.gz
 
-The clusters whose id has the smallest SHA-256 are taken, so the sample does not depend on the order
-of the file and a smaller one is a part of a larger one. No sequence is left out for its length.
-The records keep the order, the header and the lines of the input; the same input gives the same
-bytes.
+Takes the clusters whose ids have the smallest SHA-256, of any length. So the sample does not depend
+on the order of the file, and a smaller sample is a subset of a larger one. The records keep the
+order, the headers and the lines of the input. The same input gives the same bytes.
 """
 
 import argparse
@@ -34,7 +33,7 @@ def records(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def rank(name: str) -> bytes:
-    """The order in which clusters are drawn."""
+    """The sort key by which clusters are drawn."""
     return hashlib.sha256(name.encode()).digest()
 
 
@@ -42,7 +41,7 @@ def sample(source: Path, clusters: int, output: Path) -> int:
     """Write the sample and return its size in bytes.
 
     Raises:
-        SystemExit: it would be larger than MAX_BYTES; nothing is written.
+        SystemExit: the sample would be larger than MAX_BYTES; nothing is written.
     """
     chosen = set(heapq.nsmallest(clusters, (name for name, _ in records(source)), key=rank))
     text = b"".join(record for name, record in records(source) if name in chosen)

@@ -21,7 +21,7 @@ language: en
 ---
 # {name}
 
-A base model for demonstrations, not for use: OLMo architecture (`OlmoForCausalLM`), {parameters:,}
+A base model for demonstrations only: OLMo architecture (`OlmoForCausalLM`), {parameters:,}
 parameters, width {width}, {layers} layers, {tied} embeddings, bfloat16. Byte-level BPE of
 {vocabulary:,} tokens.
 
@@ -36,13 +36,13 @@ Held-out English ({documents:,} documents, {validation_tokens:,} tokens, 1% by h
 | {name} | {loss:.3f} | {bits:.3f} |
 | unigram model of the same tokens | {unigram:.3f} | {unigram_bits:.3f} |
 
-The unigram model has the train split's token frequencies, plus one for each token. Both lines leave
-out the first token of every row. Made by `launch/assets/write_card.py`.
+The unigram model uses the token counts of the train split, each plus one. Both lines leave out the
+first token of every row. `launch/assets/write_card.py` wrote this card.
 """
 
 
 def token_counts(reader: ShardReader, skip: int) -> np.ndarray:
-    """How often each token stands in a split, without the first `skip` tokens of a row."""
+    """How often each token occurs in a split, (vocab,) int64, without each row's first `skip`."""
     counts = np.zeros(len(reader.token_bytes), np.int64)
     for row in range(len(reader)):
         tokens = reader[row][skip : reader.length(row)]

@@ -85,7 +85,7 @@ def test_ranks_give_the_same_bytes(tmp_path, fasta, tokenizer, reference, packin
         jobs = Jobs(1, rank, ranks, only)
         build_shards([fasta], tokenizer, tmp_path / "d", options_of(packing), jobs)
 
-    with pytest.raises(S2T2Error, match=f"run that step of every rank \\(of {ranks}\\)"):
+    with pytest.raises(S2T2Error, match=f"run that step on every rank \\(of {ranks}\\)"):
         step(1, "pack")
     for only in ("encode", "pack"):
         for rank in reversed(range(ranks)):

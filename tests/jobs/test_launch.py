@@ -163,7 +163,7 @@ def run_node(folder: Path, *arguments: str | Path, **environment: str):
         (["--nodes", "2", "r.yaml"], "--nodes 2 needs --master-addr"),
         (["--nodes", "2", "--master-addr", "a", "--node-rank", "2", "r.yaml"], "--node-rank 2 is"),
         (["nowhere.yaml"], "recipe nowhere.yaml does not exist"),
-        ([ROOT / "launch/recipes/quickstart.yaml", "stages.x.y=1"], "stages.x is not there"),
+        ([ROOT / "launch/recipes/quickstart.yaml", "stages.x.y=1"], "stages.x does not exist"),
     ],
     ids=lambda value: value.split()[0] if isinstance(value, str) else "",
 )
