@@ -1,6 +1,6 @@
-"""Speed and memory of data preparation and reading, beside `tokenizers` alone and `datasets`.
+"""Speed and memory of data preparation and reading, against `tokenizers` alone and `datasets`.
 
-`python -m tests.bench.data --help`. Everything comes from one run on one machine. Rates are of
+`python -m tests.bench.data --help`. All figures come from one run on one machine. Rates are
 residues (FASTA letters) or tokens per second of wall time. Writes `data.md` and `data.json`, and
 the projection for UniRef50 into docs/data.md.
 """
@@ -35,16 +35,18 @@ S2T2 = (sys.executable, "-m", "s2t2_dist.cli")
 
 def main(
     source: Annotated[
-        Path, typer.Option(help="gzip FASTA; where it is absent, one like it is made.")
+        Path, typer.Option(help="gzip FASTA; if it does not exist, a synthetic one is made.")
     ] = SAMPLE,
-    cores: Annotated[int, typer.Option(min=1, help="Of every method.")] = 2,
-    repeats: Annotated[int, typer.Option(min=1, help="Of the short ones; the best counts.")] = 3,
-    out: Annotated[Path, typer.Option(help="Folder of data.md and data.json.")] = RESULTS,
+    cores: Annotated[int, typer.Option(min=1, help="Cores for every method.")] = 2,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Runs per short measurement; best counts.")
+    ] = 3,
+    out: Annotated[Path, typer.Option(help="Folder for data.md and data.json.")] = RESULTS,
     docs: Annotated[Path, typer.Option(help="Page that gets the projection.")] = DOCS,
 ):
-    """Measure tokenizing and sharding, reading, peak memory, and project UniRef50.
+    """Measure tokenizing, sharding, reading and peak memory, and project UniRef50.
 
-    Nothing else should run: about four minutes.
+    Takes about four minutes. Nothing else should run at the same time.
     """
     os.environ["RAYON_NUM_THREADS"] = str(cores)
     with tempfile.TemporaryDirectory() as directory:
@@ -62,7 +64,7 @@ def main(
 
 
 def measured(source: Path, work: Path, cores: int, repeats: int) -> dict:
-    """Every figure; seconds, bytes and counts as they were taken."""
+    """All measurements: seconds, bytes and counts, without conversion."""
     from data_prep.tokenizer import train_tokenizer
 
     tokenizer, saved = work / "tokenizer", work / "saved"
@@ -71,7 +73,7 @@ def measured(source: Path, work: Path, cores: int, repeats: int) -> dict:
     residues = sum(map(len, texts))
     build(source, tokenizer, work / "warm", cores)  # compiles, and fills the page cache
     bare, ours, theirs = [], [], []
-    for i in range(repeats):  # by turns: other load comes and goes
+    for i in range(repeats):  # in turns, because other load varies
         bare += [data_others.bare_seconds(tokenizer, texts, size) for size in BATCHES]
         ours.append(measure.seconds(lambda i=i: build(source, tokenizer, work / f"b{i}", cores)))
     for i in range(min(2, repeats)):
@@ -88,7 +90,7 @@ def measured(source: Path, work: Path, cores: int, repeats: int) -> dict:
 
 
 def large(source: Path, tokenizer: Path, work: Path, cores: int) -> dict:
-    """A build of the input TIMES over, step by step, and what the projection needs of it."""
+    """Build from TIMES copies of the input, step by step; measure what the projection needs."""
     from data_prep.sources import read_chunks
     from s2t2_dist.artifacts import sha256_file
     from s2t2_dist.data.shards import ShardReader
@@ -116,7 +118,7 @@ def large(source: Path, tokenizer: Path, work: Path, cores: int) -> dict:
 
 
 def look_seconds(directory: Path) -> float:
-    """To open a part and find a key in it, which packing does for every window and part."""
+    """Seconds to open a part and find a key, which packing does for every window and part."""
     from data_prep.parts import tokens_before
 
     parts, edge = sorted(directory.glob("part-*.arrow")), np.array([1 << 63], np.uint64)
@@ -124,7 +126,7 @@ def look_seconds(directory: Path) -> float:
 
 
 def synthetic(path: Path, records: int = 112_002) -> Path:
-    """A FASTA of the sample's size and lengths (log-normal, median 329, mean 425)."""
+    """Write a FASTA with the sample's size and lengths (log-normal, median 329, mean 425)."""
     rng = np.random.default_rng(0)
     lengths = np.minimum(rng.lognormal(np.log(329), 0.715, records), 35_213).astype(int) + 1
     letters = np.frombuffer(b"ACDEFGHIKLMNPQRSTVWY", np.uint8)
@@ -139,7 +141,7 @@ def synthetic(path: Path, records: int = 112_002) -> Path:
 
 
 def enlarge(source: Path, target: Path) -> Path:
-    """The file TIMES over, as gzip members; every copy with ids of its own."""
+    """Write TIMES copies of the file as gzip members, each with ids of its own."""
     text = gzip.decompress(source.read_bytes())
     with target.open("wb") as f:
         for copy in range(TIMES):
@@ -154,13 +156,13 @@ def sequences(path: Path) -> list[str]:
 
 
 def build_command(source: Path, tokenizer: Path, target: Path, cores: int) -> list[str]:
-    """The command as a user gives it: its start, the hashes and the checks are measured too."""
+    """The command as a user gives it, so start-up, hashing and checks are measured too."""
     command = [*S2T2, "data", "build", source, "--tokenizer", tokenizer, "--context", CONTEXT]
     return list(map(str, [*command, "--out", target, "--workers", cores]))
 
 
 def build(source: Path, tokenizer: Path, target: Path, cores: int) -> None:
-    """Run it."""
+    """Run the build command."""
     command = build_command(source, tokenizer, target, cores)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
 
@@ -195,7 +197,7 @@ def watched(command: list[str]) -> tuple[float, int]:
 
 
 def read_rows(data: Path, saved: Path) -> dict:
-    """Seconds for one random row: `ShardReader`, and `datasets` indexing in numpy format."""
+    """Seconds for one random row of `ShardReader`, and of `datasets` in numpy format."""
     from datasets import load_from_disk
 
     from s2t2_dist.data.shards import ShardReader
@@ -204,7 +206,7 @@ def read_rows(data: Path, saved: Path) -> dict:
     rng = random.Random(0)
     ours = [rng.randrange(len(reader)) for _ in range(100_000)]
     theirs = [rng.randrange(len(loaded)) for _ in range(2000)]
-    for i in theirs[:200]:  # open what is opened once
+    for i in theirs[:200]:  # warm up: open every file
         assert len(reader[i % len(reader)]) == len(loaded[i]["tokens"])
     fast = measure.seconds(lambda: [reader[i] for i in ours]) / len(ours)
     slow = measure.seconds(lambda: [loaded[i]["tokens"] for i in theirs]) / len(theirs)

@@ -1,6 +1,6 @@
-"""The other libraries of the data benchmark: `tokenizers` alone, `datasets`, more BPE encoders.
+"""Other libraries in the data benchmark: `tokenizers` alone, `datasets`, other BPE encoders.
 
-As a program it does the work of `s2t2 data build` by `datasets`:
+As a program, it does the work of `s2t2 data build` with `datasets`:
 `python -m tests.bench.data_others FASTA TOKENIZER CORES TARGET`.
 """
 
@@ -20,9 +20,9 @@ BATCH = 1000
 
 
 def bare_seconds(tokenizer: Path, texts: list[str], batch: int) -> float:
-    """`encode_batch_fast` on all texts and on as many threads as RAYON_NUM_THREADS says.
+    """Seconds of `encode_batch_fast` on all texts, with RAYON_NUM_THREADS threads.
 
-    Its own encodings are dropped: nothing is converted, checked or written.
+    The encodings are dropped: nothing is converted, checked or written.
     """
     from tokenizers import Tokenizer
 
@@ -37,7 +37,7 @@ def bare_seconds(tokenizer: Path, texts: list[str], batch: int) -> float:
 
 
 def with_datasets(source: Path, tokenizer: Path, cores: int, target: Path) -> None:
-    """The same rows, in file order, by `datasets.map` and `save_to_disk` in `cores` processes."""
+    """Make the same rows, in file order, with `datasets.map` and `save_to_disk`."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from datasets import Dataset, disable_progress_bars
     from tokenizers import Tokenizer
@@ -62,9 +62,8 @@ def with_datasets(source: Path, tokenizer: Path, cores: int, target: Path) -> No
 
 
 def libraries(tokenizer: Path, texts: list[str]) -> dict[str, dict]:
-    """BPE encoders on one thread: seconds for all texts, and how many got other tokens.
-
-    Those that are not installed are left out.
+    """BPE encoders on one thread: seconds for all texts, and the number of texts whose tokens
+    differ from those of `tokenizers`. Libraries that are not installed are left out.
     """
     path = tokenizer / "tokenizer.json"
     makers = {"tokenizers": _tokenizers, "bpe.cpp": _ours, "tokie": _tokie, "tiktoken": _tiktoken}
@@ -92,7 +91,7 @@ Encode = Callable[[list[str]], Sequence]
 def _tokenizers(path: Path) -> Encode:
     from tokenizers import Tokenizer
 
-    backend = Tokenizer.from_file(str(path))  # one text at a time: one thread
+    backend = Tokenizer.from_file(str(path))  # `encode` of one text runs on one thread
     return lambda batch: [backend.encode(text, add_special_tokens=False).ids for text in batch]
 
 

@@ -1,4 +1,4 @@
-"""The figures of the data benchmark as a page, and the projection for UniRef50 as a table."""
+"""The results page of the data benchmark, and the projection for UniRef50."""
 
 from pathlib import Path
 
@@ -8,16 +8,18 @@ from s2t2_dist.data.shards import ROWS_PER_SHARD
 
 DOCS = Path("docs/data.md")
 BEGIN, END = "<!-- projection -->", "<!-- end of projection -->"
-# UniRef50 of the issue's release: residues, clusters, bytes of its gzip file.
+# UniRef50: residues, clusters, bytes of its gzip file.
 RESIDUES, RECORDS, GZIP_BYTES = 17_282_055_793, 60_315_044, 8.8e9
 
 
 def project(report: dict, cores: int) -> dict[str, float]:
-    """Seconds of each step for UniRef50 on one machine of so many cores, and bytes.
+    """Seconds of each step for UniRef50 on one machine with `cores` cores, and bytes of shards.
 
-    Encoding grows with the residues and shrinks with the cores, until one core's unzipping bounds
-    it. Packing grows with the tokens, and with the looks into every part for every window; no more
-    processes than shards take part. The input is hashed once, on one core.
+    - hash: one core hashes the input once.
+    - encode: proportional to residues / cores, but not below the time in which one core
+      decompresses the input (`read`).
+    - pack: proportional to tokens, plus a lookup per window and part, divided by the cores; at
+      most one process per shard takes part.
     """
     growth = RESIDUES / report["large_residues"]
     encode = report["large_encode_seconds"] * growth * report["cores"] / cores
@@ -37,15 +39,15 @@ def project(report: dict, cores: int) -> dict[str, float]:
 
 
 def projection_table(report: dict) -> list[str]:
-    """Lines of Markdown."""
+    """The projection as lines of Markdown."""
     lines = [
-        "| UniRef50, projected (not run) | hash input | encode | pack | in all | shards | "
+        "| UniRef50, projected (not run) | hash input | encode | pack | total | shards | "
         "free disk needed |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for cores in (16, 128):
         p = project(report, cores)
-        bound = " (unzipping)" if p["encode"] == p["read"] else ""
+        bound = " (decompression)" if p["encode"] == p["read"] else ""
         total = p["hash"] + p["encode"] + p["pack"]
         lines.append(
             f"| one machine, {cores} cores | {p['hash']:.0f} s | {p['encode']:.0f} s{bound} | "
@@ -56,18 +58,18 @@ def projection_table(report: dict) -> list[str]:
 
 
 def with_projection(page: str, report: dict) -> str:
-    """The page with the table between its two marks."""
+    """The page with the projection between its two markers."""
     before, rest = page.split(BEGIN)
     _, after = rest.split(END)
     note = (
-        f"From the rates measured in `tests/bench/results/data.md` ({report['machine']['cpu']}, "
-        f"{report['cores']} cores), with a disk that keeps up:"
+        f"Projected from the rates in `tests/bench/results/data.md` ({report['machine']['cpu']}, "
+        f"{report['cores']} cores), for a disk that is not the bottleneck:"
     )
     return "\n".join([f"{before}{BEGIN}", note, "", *projection_table(report), f"{END}{after}"])
 
 
 def markdown(report: dict) -> str:
-    """The whole page."""
+    """The results page."""
     r, machine = report, report["machine"]
     residues, large = r["residues"], r["large_residues"]
     encode_large = r["large_encode_seconds"] + r["large_pack_seconds"] + r["large_seal_seconds"]
@@ -75,29 +77,29 @@ def markdown(report: dict) -> str:
     rows = [
         ("`encode_batch_fast` alone", f"{bare / 1e6:.1f} M residues/s", ""),
         _rate("`s2t2 data build`, whole command", residues / r["build_seconds"], bare, 0.85),
-        _rate(f"the same, {r['times']} times the input", large / encode_large, bare, 0.85),
+        _rate(f"the same command, {r['times']} times the input", large / encode_large, bare, 0.85),
         (
             "`datasets.map` + `save_to_disk`",
             f"{residues / r['datasets_seconds'] / 1e6:.1f} M residues/s",
             f"`data build` is {r['datasets_seconds'] / r['build_seconds']:.1f} times as fast "
-            "(wanted: ahead; aim: 2)",
+            "(required: > 1; target: 2)",
         ),
         ("random row, `ShardReader`", f"{r['row_seconds'] * 1e6:.2f} us", ""),
         (
             "random row, `datasets`",
             f"{r['datasets_row_seconds'] * 1e6:.0f} us",
-            f"{r['datasets_row_seconds'] / r['row_seconds']:.0f} times as long (wanted: 20)",
+            f"{r['datasets_row_seconds'] / r['row_seconds']:.0f} times as long (required: 20)",
         ),
         (
             "training batches on one core",
             f"{r['loader_tokens_per_second'] / 1e6:.0f} M tokens/s",
-            "wanted: 5",
+            "required: 5",
         ),
-        ("peak memory of the build", f"{r['small_peak_bytes'] / 1e9:.2f} GB", "wanted: < 1.5"),
+        ("peak memory of the build", f"{r['small_peak_bytes'] / 1e9:.2f} GB", "required: < 1.5"),
         (
             f"peak memory, {r['times']} times the input",
             f"{r['large_peak_bytes'] / 1e9:.2f} GB",
-            "wanted: < 1.5",
+            "required: < 1.5",
         ),
     ]
     lines = [
@@ -107,18 +109,18 @@ def markdown(report: dict) -> str:
         "",
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB. "
         f"Input: {r['input']}, {r['texts']:,} proteins, {residues:,} residues; vocabulary "
-        f"{r['vocab']}, context {r['context']}, {r['cores']} cores for everyone. The best of "
-        "several runs by turns. `data build` and `datasets` are whole programs that read the "
-        "file; `encode_batch_fast` gets texts in memory and its result is dropped. Memory: "
-        "proportional set size of all processes.",
+        f"{r['vocab']}, context {r['context']}. Every method has {r['cores']} cores. Times are the "
+        "best of several runs in turns. `data build` and `datasets` run as whole programs and "
+        "read the file; `encode_batch_fast` gets texts in memory, and its result is dropped. "
+        "Memory is the proportional set size of all processes.",
         "",
-        "| | | |",
+        "| measurement | result | comparison |",
         "|---|---:|---|",
         *(f"| {' | '.join(row)} |" for row in rows),
         "",
-        "BPE encoders on one thread, every protein of the input:",
+        "BPE encoders on one thread, on every protein of the input:",
         "",
-        "| | M residues/s | proteins with other tokens than `tokenizers` |",
+        "| encoder | M residues/s | proteins whose tokens differ from those of `tokenizers` |",
         "|---|---:|---:|",
     ]
     for name, found in r["libraries"].items():
@@ -128,5 +130,5 @@ def markdown(report: dict) -> str:
 
 
 def _rate(name: str, rate: float, bare: float, wanted: float) -> tuple[str, str, str]:
-    note = f"{rate / bare:.2f} of it (wanted: {wanted})"
+    note = f"{rate / bare:.2f} times `encode_batch_fast` (required: {wanted})"
     return name, f"{rate / 1e6:.1f} M residues/s", note

@@ -1,9 +1,9 @@
 """Kill a small run of both stages again and again: python -m tests.bench.kills --kills 100
 
-SIGKILL of a random rank, of DeepSpeed's launcher or of the whole job, at random moments; a third
-of them inside a checkpoint write. Each start resumes the run that was killed before; a run that
-is done is compared with one that nobody disturbed, and the next one begins. With the same --work
-a later call goes on where an earlier one stopped.
+Sends SIGKILL to a random rank, to DeepSpeed's launcher or to the whole job, at random moments; a
+third of them fall inside a checkpoint write. Each start resumes the run that was killed before. A
+run that is done is compared with an undisturbed one, and the next run begins. A later call with
+the same --work continues where an earlier one stopped.
 """
 
 import argparse
@@ -40,7 +40,16 @@ STARTUP_SHARE = 0.1  # of the kills at random moments
 
 @dataclass(frozen=True)
 class Kill:
-    """What was killed, when, and what the next start went on from."""
+    """One kill: what was killed, when, and from what this start had resumed.
+
+    Attributes:
+        run: number of the run, from 1.
+        kind: one of KINDS.
+        stage, step: of the last line in metrics.jsonl.
+        inside_write: the kill fell inside a checkpoint write.
+        seconds_to_end: from the kill until all processes of the job had ended.
+        resumed_from: name of the checkpoint, or empty.
+    """
 
     run: int
     kind: str
@@ -52,7 +61,7 @@ class Kill:
 
 
 class Killer:
-    """A series of runs below `work`, and the records of what was done to them."""
+    """Starts, kills and checks a series of runs in `work`."""
 
     def __init__(self, work: Path, seed: int):
         self.work, self.rng = work, random.Random(seed)
@@ -69,12 +78,12 @@ class Killer:
 
     @property
     def kills(self) -> list[dict]:
-        """Records of all calls with this `work`."""
+        """The kills of all calls with this `work`."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         return [json.loads(line) for line in lines]
 
     def run(self, kills: int) -> None:
-        """Kill until there are so many records and the last run is done."""
+        """Kill until `kills` are recorded in all, and let the last run finish."""
         while True:
             number = len(list(self.work.glob("run-*/checked"))) + 1
             recipe = self._recipe(f"run-{number:03d}")
@@ -84,7 +93,7 @@ class Killer:
                     self._finish(recipe)
                 return
             kind = KINDS[done % len(KINDS)]
-            block = done // len(KINDS)  # one of each kind: a third inside a write, some late
+            block = done // len(KINDS)  # one kill of each kind; a third inside a write, some late
             record = self._start_and_kill(recipe, number, kind, block % 3 == 0, block % 4 == 1)
             if record is None:
                 self._check(recipe)
@@ -114,11 +123,11 @@ class Killer:
     def _start_and_kill(
         self, recipe: Path, number: int, kind: str, inside: bool, late: bool
     ) -> Kill | None:
-        """None where the run was done before its turn came.
+        """Start or resume the run and kill it; None if the run finished first.
 
         Args:
             inside: kill it while it writes a checkpoint.
-            late: not before the finetune stage.
+            late: kill it in the finetune stage.
         """
         run_dir = recipe.parent / "run"
         good = {path.name for path in list_checkpoints(run_dir) if _is_good(path)}
@@ -139,15 +148,15 @@ class Killer:
         last = (launching.metrics(run_dir) or [{"stage": "start", "step": 0}])[-1]
         resumed = _resumed_from(recipe)
         assert not resumed or resumed in good, f"resumed from {resumed}, good were {good}"
-        trained = _last_write(run_dir) != before  # else it was killed before it came to resume
+        trained = _last_write(run_dir) != before  # otherwise it was killed before it could resume
         assert resumed or not good or not trained, f"started anew, good were {good}"
         return Kill(number, kind, last["stage"], last["step"], within, round(seconds, 2), resumed)
 
     def _wait_for_moment(
         self, process: subprocess.Popen | Job, run_dir: Path, kind: str, inside: bool, late: bool
     ) -> bool:
-        """Wait for the time to kill; False where the run ended first."""
-        # Of a launcher's death the ranks learn in their first step: no earlier moment for it.
+        """Wait for the moment to kill; False if the run ended first."""
+        # Ranks notice the death of their launcher only from the first step on, so no earlier kill.
         if kind != "launcher" and not inside and self.rng.random() < STARTUP_SHARE:
             time.sleep(self.rng.uniform(0.5, 5))
             if process.poll() is not None:
@@ -177,7 +186,7 @@ class Killer:
         return False
 
     def _aim(self, process: subprocess.Popen | Job, kind: str) -> None:
-        """Choose the processes to kill: looking for them later would take the moment away."""
+        """Choose the processes to kill; searching for them later would miss the moment."""
         parent = psutil.Process(process.pid)
         self.family = [parent, *parent.children(recursive=True)]
         ranks = launching.ranks_of(process)
@@ -189,7 +198,7 @@ class Killer:
             self.targets = [psutil.Process(ranks[0].ppid())]
 
     def _kill(self, process: subprocess.Popen | Job) -> None:
-        """SIGKILL; the rest of the job must then end by itself, in bounded time."""
+        """Send SIGKILL. The rest of the job must then end by itself within END_SECONDS."""
         for target in self.targets:
             with contextlib.suppress(psutil.NoSuchProcess):
                 target.send_signal(signal.SIGKILL)
@@ -198,20 +207,20 @@ class Killer:
         assert not alive, f"{alive} still run"
 
     def _finish(self, recipe: Path) -> None:
-        """Let a run go to its end."""
+        """Let a run finish, and check it."""
         process = launching.start(recipe, RANKS)
         self.ports.add(_port(process))
         assert process.wait(300) == 0, launching.output(recipe)
         self._check(recipe)
 
     def _check(self, recipe: Path) -> None:
-        """A run that is done: its curve, its MLflow run, what it left."""
+        """Check a finished run: its loss curve, its MLflow run, and leftover files."""
         run_dir = recipe.parent / "run"
         assert launching.losses(run_dir) == self.reference, f"{run_dir}: another loss curve"
         assert not list((run_dir / "checkpoints").glob(".*")), "a part of a checkpoint was left"
         check_mlflow(run_dir, self.uri)
         left = self._outside() - set(json.loads((self.work / "outside.json").read_text()))
-        if left:  # what other programs make for a moment is gone now
+        if left:  # files of other programs may be short-lived: look again
             time.sleep(1)
             left &= self._outside()
         assert not left, f"left outside the run directory: {sorted(left)}"
@@ -224,7 +233,7 @@ class Killer:
         print(f"{recipe.parent.name} is done and equal to the undisturbed run", flush=True)
 
     def _outside(self) -> set[str]:
-        """Files in the home and temporary folders and in shared memory, and locks."""
+        """Files in the home and temporary folders and in shared memory, and compile locks."""
         found = {str(p) for name in ("home", "tmp") for p in (self.work / name).rglob("*")}
         found |= {str(p) for p in Path("/dev/shm").iterdir() if _is_ours(p.name, self.ports)}
         locks = {str(p) for p in EXTENSIONS.rglob("lock")}
@@ -232,9 +241,9 @@ class Killer:
 
 
 def check_mlflow(run_dir: Path, uri: str) -> None:
-    """MLflow holds what `metrics.jsonl` holds, in order, every point once.
+    """Check that MLflow has every point of `metrics.jsonl`, in order, once.
 
-    Timings of steps that ran twice are those of the first time.
+    MLflow keeps the timings of the first run of a step that ran twice, so they are not compared.
     """
     client = MlflowClient(tracking_uri=uri)
     run = client.get_run(json.loads((run_dir / "mlflow.json").read_text())["run_id"])
@@ -268,7 +277,7 @@ def _is_good(path: Path) -> bool:
 
 
 def _is_ours(name: str, ports: set[str]) -> bool:
-    """What torch, Python or DeepSpeed may have made, but no buffer of another job here."""
+    """Whether torch, Python or DeepSpeed makes such files, except DeepSpeed's for other jobs."""
     if name.startswith("deepspeed_"):
         return any(f"_{port}_" in name for port in ports)
     return name.startswith(("torch_", "psm_", "sem."))
@@ -284,7 +293,7 @@ def _resumed_from(recipe: Path) -> str:
 
 
 def write_report(work: Path, path: Path, command: str) -> None:
-    """A page with what was killed and what came of it."""
+    """Write a page on what was killed and what was checked."""
     lines = (work / "kills.jsonl").read_text().splitlines()
     kills = [json.loads(line) for line in lines]
     counts = Counter((kill["kind"], kill["stage"]) for kill in kills)
@@ -300,36 +309,36 @@ def write_report(work: Path, path: Path, command: str) -> None:
     slowest = max(kill["seconds_to_end"] for kill in kills)
     text = f"""# {len(kills)} kills
 
-`{command}`, two gloo ranks on the CPU, in calls that follow each other with the same `--work`.
+`{command}`, two gloo ranks on the CPU, in consecutive calls with the same `--work`.
 
 {chr(10).join(table)}
 
-The stage is that of the last line in `metrics.jsonl` when the job was gone; {inside} kills fell
-inside a checkpoint write. Checked, each by an assertion that ends the script:
+The stage is that of the last line in `metrics.jsonl` after the kill. {inside} kills fell inside a
+checkpoint write. The script stops if one of these does not hold:
 
-- every start that came so far resumed, from a checkpoint that was complete and verified before it,
-  and {runs} runs came to their end, each killed several times;
+- every start that reached a training step had resumed from a checkpoint that was complete and
+  verified before it, if there was one; {runs} runs finished, each killed several times;
 - their losses, gradient norms and evaluations are bit for bit those of an undisturbed run;
-- MLflow has every point of `metrics.jsonl` in order, once;
-- the rest of a job ended after every kill without help, at most {slowest:.1f} s later;
-- nothing was left in the home and temporary folders, `/dev/shm` and the extensions' locks that the
-  undisturbed run had not left, and no part of a checkpoint in the run directory.
+- MLflow has every point of `metrics.jsonl`, in order, once;
+- after every kill the rest of the job ended by itself, at most {slowest:.1f} s later;
+- no files were left in the home and temporary folders or `/dev/shm`, and no compile locks, beyond
+  those of the undisturbed run; no part of a checkpoint was left in the run directory.
 """
     path.write_text(text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--kills", type=int, required=True, help="in all, earlier calls included")
+    parser.add_argument("--kills", type=int, required=True, help="total, earlier calls included")
     parser.add_argument(
-        "--work", type=Path, required=True, help="folder; goes on with what it holds"
+        "--work", type=Path, required=True, help="folder of the runs; earlier ones are continued"
     )
-    parser.add_argument("--seed", type=int, help="of kinds and moments; default: from the system")
+    parser.add_argument("--seed", type=int, help="seed of ranks and moments; default: random")
     parser.add_argument("--report", type=Path, help="Markdown page to write at the end")
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(4))
     print(f"seed {seed}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the job that is running too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the running job is killed too
     Killer(options.work.resolve(), seed).run(options.kills)
     if options.report:
         command = f"python -m tests.bench.kills --kills {options.kills} --work DIR"

@@ -1,4 +1,4 @@
-"""Clocks, peak memory and the machine's own speed, for the benchmarks (Linux only)."""
+"""Timing, peak memory and memory bandwidth for the benchmarks (Linux only)."""
 
 import ctypes
 import gc
@@ -23,9 +23,9 @@ def status_bytes(field: str) -> int:
 
 
 def reset_peak() -> int:
-    """Give freed memory back, start VmHWM afresh, and return the bytes that are resident.
+    """Return freed memory to the system, reset VmHWM, and return the resident bytes.
 
-    Without the trim, free pages that the allocator kept would hide what the next call needs.
+    Without the trim, free pages kept by the allocator would hide what the next call needs.
     """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -35,9 +35,9 @@ def reset_peak() -> int:
 
 
 def peak_above(call: Callable[[], object]) -> int:
-    """Peak resident bytes during a call above those before it; its result counts.
+    """Peak resident bytes during a call minus those before it; the call's result counts.
 
-    The kernel counts pages in batches per thread: below about 1 MiB the answer is noise.
+    The kernel counts pages in batches per thread, so a value below about 1 MiB is noise.
     """
     before = reset_peak()
     result = call()
@@ -56,7 +56,7 @@ def seconds(call: Callable[[], object]) -> float:
 def repeated(
     call: Callable[[], object], budget: float = 5.0, least: int = 3, most: int = 50
 ) -> list[float]:
-    """Seconds of several calls: at least `least`, then more while they fit in the budget."""
+    """Seconds of each call: at least `least` calls, then up to `most` within `budget` seconds."""
     times: list[float] = []
     while len(times) < least or (len(times) < most and sum(times) < budget):
         times.append(seconds(call))
@@ -64,10 +64,10 @@ def repeated(
 
 
 def bandwidths(size: int = GIB // 2) -> dict[str, float]:
-    """Bytes per second of this process's threads on float32 vectors of `size` bytes.
+    """Median bytes per second of this process's threads on float32 vectors of `size` bytes.
 
-    `read` is a sum, `read two` a dot product of two vectors, `copy` counts what it reads and what
-    it writes (as the STREAM benchmark does). Medians.
+    `read` is a sum, and `read two` a dot product of two vectors. `copy` counts the bytes read and
+    the bytes written, like the STREAM benchmark.
     """
     source, other = torch.ones(size // 4), torch.ones(size // 4)
     calls = {
@@ -82,7 +82,7 @@ def bandwidths(size: int = GIB // 2) -> dict[str, float]:
 
 
 def machine(threads: int) -> dict[str, object]:
-    """What the figures depend on, without names, paths or dates."""
+    """The hardware and software that figures depend on, without names, paths or dates."""
     text = Path("/proc/cpuinfo").read_text()
     models = [line.split(":")[1].strip() for line in text.splitlines() if "model name" in line]
     return {

@@ -1,8 +1,8 @@
-"""Stop a run's MLflow server for a while: python -m tests.bench.outage --seconds 60 --work DIR
+"""Take a run's MLflow server away for a while: python -m tests.bench.outage --seconds 60 --work DIR
 
-A small finetuning run on one rank logs to a real `mlflow server`, which is killed, missing for
-some time and started again. Compares the time of a step before, during and after, and the
-server's metrics with `metrics.jsonl`.
+A small finetuning run on one rank logs to a real `mlflow server`, which is killed and later started
+again. Compares the time of a step before, during and after the outage, and the server's metrics
+with `metrics.jsonl`.
 """
 
 import argparse
@@ -24,6 +24,10 @@ STAGE = {"kind": "finetune", "init": "truncate", "max_steps": 10**6, **launching
 
 def measure(work: Path, seconds: float, quiet: float) -> dict:
     """Run with an outage of `seconds`, and `quiet` seconds before and after it.
+
+    Returns:
+        `seconds`, the number of `points` compared, and `steps`: number and quartiles of the step
+        times (seconds) before, during and after the outage.
 
     Raises:
         AssertionError: the server does not have every point of `metrics.jsonl`, in order, once.
@@ -65,7 +69,7 @@ def measure(work: Path, seconds: float, quiet: float) -> dict:
 
 
 def compare(run_dir: Path, lines: list[dict], uri: str) -> int:
-    """Check the server's history of every key, with its times; returns the number of points."""
+    """Check steps, values and times of every metric on the server; return the number of points."""
     client = MlflowClient(tracking_uri=uri)
     run_id = json.loads((run_dir / "mlflow.json").read_text())["run_id"]
     total = 0
@@ -88,29 +92,30 @@ def _wait_for_mlflow(run_dir: Path) -> None:
 
 
 def report(found: dict) -> str:
+    """The results page."""
     rows = [
         f"| {name} | {part['steps']} | {1e3 * part['median']:.1f} | "
         f"{1e3 * part['q1']:.1f} to {1e3 * part['q3']:.1f} |"
         for name, part in found["steps"].items()
     ]
-    return f"""# An MLflow server that is gone for {found["seconds"]:.0f} s
+    return f"""# An MLflow outage of {found["seconds"]:.0f} s
 
 `python -m tests.bench.outage --seconds {found["seconds"]:.0f} --work DIR`, one CPU rank.
 
-| the outage | steps | median ms per step | quartiles |
+| relative to the outage | steps | median ms per step | quartiles |
 |---|---:|---:|---:|
 {chr(10).join(rows)}
 
-At the end the server had all {found["points"]:,} points of `metrics.jsonl`, in order, once each,
-with their times.
+At the end the server had all {found["points"]:,} points of `metrics.jsonl` with their times, in
+order, once each.
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--seconds", type=float, default=60, help="how long the server is gone")
-    parser.add_argument("--quiet", type=float, default=15, help="seconds before and after")
-    parser.add_argument("--work", type=Path, required=True, help="folder to work in")
+    parser.add_argument("--seconds", type=float, default=60, help="length of the outage")
+    parser.add_argument("--quiet", type=float, default=15, help="seconds before and after it")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the run")
     parser.add_argument("--report", type=Path, help="Markdown page to write")
     options = parser.parse_args()
     os.environ.pop("MLFLOW_TRACKING_URI", None)
