@@ -137,10 +137,7 @@ def data_build(
         bool, typer.Option("--characters", help="One token for every character.")
     ] = False,
     seed: Annotated[
-        int,
-        typer.Option(
-            min=0, max=2**31 - 1, help="Seed of the document order; the split ignores it."
-        ),
+        int, typer.Option(min=0, max=2**31 - 1, help="Seed of the order; the split ignores it.")
     ] = 0,
     packing: Annotated[
         Literal["concatenate", "best-fit"],
