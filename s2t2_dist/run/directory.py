@@ -27,7 +27,7 @@ STATUS = "status.json"
 CONFIG = "config.yaml"
 INPUTS = "inputs.json"
 LOCK = ".lock"
-# Recipe keys that cannot change a result; so is `save_steps` of each stage.
+# Recipe keys that cannot change a result, besides `save_steps` of each stage.
 FREE_KEYS = (
     "output_dir",
     "tracking",
@@ -139,7 +139,9 @@ def check(run_dir: Path, recipe: Recipe, inputs: dict, resume: str) -> None:
                 "output_dir or remove it yourself"
             )
         if resume not in ("auto", "never"):
-            raise ConfigError(f"--resume {resume}: {run_dir} holds no run to resume")
+            raise ConfigError(
+                f"--resume {resume}: {run_dir} holds no run to resume; start it without --resume"
+            )
         return
     if resume == "never":
         raise ConfigError(f"{run_dir} holds a run and --resume is never; choose another output_dir")
