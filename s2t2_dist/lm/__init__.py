@@ -1,5 +1,6 @@
-"""Language models and translations of them: folders on disk, weights in partitions.
+"""Language models and token translations: folders on disk, weights partitioned over ranks.
 
-Read `folder` (a Hugging Face folder; E' and L' folded in), `vocabulary` (the rows of P and its
-marginals), `translation` (P on disk), `load`, `engine` (DeepSpeed), `result` (the run's model/).
+Read `folder` (a Hugging Face folder; folding E' and L' in), `vocabulary` (the rows of P and its
+marginals), `translation` (P on disk), `load`, `engine` (DeepSpeed), `result` (the run's model/),
+`sizes` (weight counts and bytes).
 """

@@ -1,7 +1,7 @@
-"""DeepSpeed, and nothing else of the project: the only module that imports `deepspeed`.
+"""DeepSpeed engines. The only module that imports `deepspeed`.
 
-`TrainedLM` holds every weight under ZeRO with AdamW; `FrozenLM` only partitions the weights.
-Both take a model that `loading.load_lm` loaded under the same DeepSpeed settings.
+`TrainedLM` trains every weight under ZeRO with AdamW; `FrozenLM` only partitions the weights.
+Both take a model that `load.load_lm` loaded under the same DeepSpeed settings.
 """
 
 import copy
@@ -24,7 +24,7 @@ from s2t2_dist import comm
 from s2t2_dist.config import ModelConfig, Stage
 from s2t2_dist.errors import ConfigError
 
-# One owner per number: the recipe owns these, so a DeepSpeed JSON must not hold them.
+# Set from the recipe only; a DeepSpeed JSON must not contain them.
 RECIPE_OWNED = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -52,7 +52,7 @@ KNOWN_KEYS = (
 
 
 def init_distributed(timeout: float) -> torch.device:
-    """Join the job that the launcher describes, or a job of one, and return this rank's device.
+    """Join the job set up by the launcher, or a job of one rank; returns this rank's device.
 
     Args, Raises: see `comm.join`.
     """
@@ -70,20 +70,20 @@ def init_distributed(timeout: float) -> torch.device:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "gloo" if on_cpu else accelerator.communication_backend_name()
     comm.join(backend, timeout)
-    # On a CPU DeepSpeed would compile an all-reduce for inference over shared memory, and leave its
-    # lock and its buffers behind where a rank is killed. Training never calls it.
+    # On a CPU DeepSpeed would compile a shared-memory all-reduce for inference, which training
+    # never calls. If a rank is killed, it leaves its lock and buffers behind.
     deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
     deepspeed.init_distributed(backend, verbose=False)
-    # The groups that DeepSpeed makes would have torch's timeout.
+    # Otherwise the groups that DeepSpeed creates would have torch's default timeout.
     deepspeed.comm.comm.cdb.new_group = partial(comm.new_group, timeout)
     return torch.device(accelerator.current_device_name())
 
 
 def load_settings(path: Path) -> dict:
-    """Read a DeepSpeed JSON and check its top-level keys (DeepSpeed accepts any in silence).
+    """Read a DeepSpeed JSON and check its top-level keys (DeepSpeed ignores unknown ones).
 
     Raises:
-        ConfigError: missing, not JSON, an unknown key, or one that the recipe owns.
+        ConfigError: the file is missing or not JSON, or has an unknown or a recipe-owned key.
     """
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -119,11 +119,11 @@ def engine_settings(settings: dict, model: ModelConfig, stage: Stage, world_size
 
 
 def split_batch(stage: Stage, world_size: int) -> tuple[int, int]:
-    """Rows per forward pass of a rank, and such passes per optimizer step.
+    """Micro-batch size of a rank in rows, and gradient accumulation steps.
 
-    The rows are the largest divisor of a rank's share of the batch that is not above
-    `per_device_train_batch_size`, so that one recipe runs on any number of ranks that divides
-    its batch.
+    The micro-batch is the largest divisor of a rank's share of the batch that does not exceed
+    `per_device_train_batch_size`. One recipe thus runs on any number of ranks that divides its
+    batch.
 
     Raises:
         ConfigError: the global batch is not a multiple of the number of ranks.
@@ -154,7 +154,7 @@ class TrainedLM:
             "eps": stage.adam_epsilon,
             "weight_decay": stage.weight_decay,
             "adam_w_mode": True,
-            # DeepSpeed's own AdamW must be compiled (CUDA: with nvcc); offloading needs it.
+            # DeepSpeed's own AdamW, which offloading needs, must be compiled (on CUDA with nvcc).
             "torch_adam": offload.get("device", "none") == "none",
         }
         self.accumulation = settings["gradient_accumulation_steps"]
@@ -175,9 +175,9 @@ class TrainedLM:
         self.engine.train(on)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate the gradient of `loss`, whose sum over ranks and micro-batches counts.
+        """Accumulate the gradient of `loss`, summed over ranks and micro-batches.
 
-        DeepSpeed divides by ranks and by accumulation steps; both are undone here.
+        DeepSpeed averages over ranks and accumulation steps; the factor here undoes both.
         """
         self.engine.backward(loss * (self.accumulation * self.engine.world_size))
         if not self.engine.is_gradient_accumulation_boundary():
@@ -186,8 +186,8 @@ class TrainedLM:
     def step(self, learning_rate: float) -> float:
         """Clip and apply the accumulated gradient; returns its norm before clipping.
 
-        Where the norm is not finite, DeepSpeed drops the gradient on every rank and leaves weights
-        and moments as they are.
+        If the norm is non-finite, DeepSpeed skips the update on every rank: weights and moments
+        do not change.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -197,8 +197,8 @@ class TrainedLM:
     def save(self, directory: Path) -> None:
         """Write this rank's weights, moments and step count below `directory`. A collective.
 
-        `save_checkpoint` ends in a barrier, where the other ranks would wait for one whose disk
-        is full. So a failed write is kept until this rank has been through the barrier too.
+        `save_checkpoint` ends in a barrier. If this rank raised before it, for example on a full
+        disk, the other ranks would wait there. So a write error is raised after the barrier.
 
         Raises:
             OSError, RuntimeError: this rank could not write (torch raises both on a full disk).
@@ -213,7 +213,7 @@ class TrainedLM:
                 failures.append(error)
 
         files.save = write_or_keep_the_failure
-        # Rank 0 would copy a recovery script for DeepSpeed's layout: one more write, no use here.
+        # Rank 0 would copy a recovery script, which does not fit this layout of checkpoints.
         self.engine._copy_recovery_script = lambda _: None
         try:
             self.engine.save_checkpoint(str(directory), tag="engine", save_latest=False)
@@ -223,18 +223,18 @@ class TrainedLM:
             raise failures[0]
 
     def load(self, directory: Path, universal: bool = False) -> None:
-        """Restore what `save` wrote at the same world size, or a universal copy at any.
+        """Restore what `save` wrote at the same world size, or a universal copy at any world size.
 
-        DeepSpeed unpickles the files: the caller has checked them.
+        DeepSpeed unpickles the files: the caller must have verified them.
         """
         self.engine._config.load_universal_checkpoint = universal
         loaded, _ = self.engine.load_checkpoint(
             str(directory), tag="engine", load_lr_scheduler_states=False
         )
-        assert loaded is not None, "DeepSpeed found no files, which it says in a warning only"
+        assert loaded is not None, "DeepSpeed found no files (it only logs a warning)"
         self.engine._config.load_universal_checkpoint = False
         if universal:
-            # All of its sub-groups share one tensor then, which each of them would count up.
+            # After a universal load all sub-groups share one step tensor; each would increment it.
             for state in self.engine.optimizer.optimizer.state.values():
                 state["step"] = copy.deepcopy(state["step"])
 
@@ -256,16 +256,16 @@ class TrainedLM:
 
 
 class FrozenLM:
-    """A causal LM that is only read: partitioned under ZeRO-3, no optimizer, no weight gradient.
+    """A frozen causal LM: partitioned under ZeRO-3, without optimizer or weight gradients.
 
     Args:
         settings: from `engine_settings`.
-        recompute: the model recomputes activations (gradient checkpointing).
+        recompute: whether the model recomputes activations (gradient checkpointing).
     """
 
     def __init__(self, model: torch.nn.Module, settings: dict, recompute: bool):
         model.requires_grad_(False)
-        # The engine gets the module that is called: prefetching starts at its root's hooks.
+        # The engine must wrap the module that is called: prefetching starts in its root's hooks.
         self.engine, *_ = deepspeed.initialize(model=model.base_model, config=settings)
         self.backbone = self.engine.module
         self.dtype = next(self.backbone.parameters()).dtype
@@ -273,7 +273,7 @@ class FrozenLM:
         self.train_mode(True)
 
     def train_mode(self, on: bool) -> None:
-        """Training mode only where activations are recomputed, which needs it (no dropout else)."""
+        """Set training mode only if activations are recomputed, which needs it; else no dropout."""
         self.backbone.train(on and self.recompute)
 
     def hidden(
@@ -292,7 +292,7 @@ class FrozenLM:
 
 
 def _quiet() -> None:
-    """Keep the libraries' progress bars and notices to developers off the terminal."""
+    """Suppress the libraries' progress bars and deprecation warnings."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -300,7 +300,7 @@ def _quiet() -> None:
 
 
 def _clean_up() -> None:
-    # hpZ's group outlives its engine, and DeepSpeed refuses to make another for the next stage.
+    # hpZ's process group outlives its engine; DeepSpeed refuses to create a second one.
     group = groups._get_zero_param_intra_parallel_group()
     if group is not None:
         deepspeed.comm.destroy_process_group(group)

@@ -1,8 +1,9 @@
-"""Language models as folders: read rows of the embedding, fold E' and L' in, make random ones.
+"""Hugging Face model folders: read embedding rows, fold E' and L' in, create random models.
 
-Shapes: V source vocabulary, U target vocabulary, D width, R source rows that were asked for.
-A folded model is an ordinary Hugging Face folder, untied, made without DeepSpeed: nothing is ever
-resized under ZeRO-3.
+A folded model is an ordinary, untied Hugging Face folder. It is written without DeepSpeed, so no
+embedding is ever resized under ZeRO-3.
+
+Shapes: V source vocabulary, U target vocabulary, D width, R requested source rows.
 """
 
 import difflib
@@ -31,26 +32,27 @@ from s2t2_dist.errors import ArtifactError, ConfigError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-FOLD_FILE = "1GB"  # of a folded model: what rank 0 holds while it writes
+FOLD_FILE = "1GB"  # largest file of a folded model; rank 0 holds one in memory while it writes
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Keys that config classes take beside their parameters: older names of rope_parameters.
+# Keys that config classes accept besides their parameters: older names of rope_parameters.
 ROPE_KEYS = {"rope_theta", "rope_scaling"}
 
 
 def local_folder(model: ModelConfig) -> Path:
-    """The model's folder on this machine; a hub name is downloaded first.
+    """The model's local folder; a hub name is downloaded first.
 
     Raises:
-        ConfigError: neither a folder with a config.json nor a name that the hub knows.
+        ConfigError: neither a folder with a config.json nor a name that can be downloaded.
     """
     name = model.model_name_or_path
-    assert name is not None, "a model that is made from a config has no folder yet"
+    assert name is not None, "a model that is created from a config has no folder yet"
     path = Path(name)
     if (path / "config.json").is_file():
         return path
     if path.is_absolute() or path.is_dir() or name.startswith(".") or name.count("/") != 1:
         raise ConfigError(
-            f"model.model_name_or_path: {name} is no Hugging Face folder (no config.json in it)"
+            f"model.model_name_or_path: {name} is not a Hugging Face folder (no config.json in "
+            "it); give such a folder or a hub name OWNER/NAME"
         )
     from huggingface_hub import snapshot_download
 
@@ -60,19 +62,19 @@ def local_folder(model: ModelConfig) -> Path:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"model.model_name_or_path: {name} is no folder here and the hub did not give it: "
-            f"{reason}"
+            f"model.model_name_or_path: {name} is not a local folder, and its download from the "
+            f"hub failed: {reason}; check the name, or give a local folder"
         ) from None
 
 
 def random_lm_config(model: ModelConfig, vocabulary: dict[str, int]) -> PretrainedConfig:
-    """The config of a model to pretrain, checked: the library ignores keys that it does not know.
+    """The config of a model to pretrain. Its keys are checked; transformers ignores unknown ones.
 
     Args:
         vocabulary: `vocab_size` and special ids of the data, as config keys.
 
     Raises:
-        ConfigError: an unknown model type or key, or values from which no model can be made.
+        ConfigError: an unknown model type or key, or values from which no model can be created.
     """
     given = model.config or {}
     _require_known("model.model_type", model.model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -87,7 +89,8 @@ def random_lm_config(model: ModelConfig, vocabulary: dict[str, int]) -> Pretrain
         _on_meta(config)
     except Exception as error:  # the library raises errors of many kinds
         raise ConfigError(
-            f"model.config makes no {model.model_type} model: {_one_line(error)}"
+            f"model.config is not a valid {model.model_type} config: "
+            f"{_one_line(error)}; correct its values"
         ) from None
     return config
 
@@ -100,7 +103,7 @@ def _require_known(path: str, key: str, known: Iterable[str]) -> None:
 
 
 def _on_meta(config: PretrainedConfig) -> torch.nn.Module:
-    """The model without memory for its weights."""
+    """The model with its weights on the meta device: nothing is allocated."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
@@ -110,7 +113,7 @@ def _one_line(error: Exception) -> str:
 
 
 def save_random_lm(model: ModelConfig, vocabulary: dict[str, int], folder: Path) -> None:
-    """Write the folder of a model with random weights (the current torch seed), to pretrain.
+    """Write a model folder with random weights, drawn with the current torch seed.
 
     Raises:
         ConfigError: as `random_lm_config`.
@@ -124,14 +127,15 @@ class WeightFiles:
     """The safetensors of a Hugging Face folder, read tensor by tensor.
 
     Attributes:
-        file_of: name of a tensor -> file name.
+        file_of: tensor name -> file name.
         config: the model's config.
-        head_bias: the LM head adds a bias to the logits.
-        as_stored: every weight is in a file under its own name; transformers converts those of
-            some architectures (the experts of Mixtral) or completes their names (GPT-2).
+        head_bias: whether the LM head adds a bias to the logits.
+        as_stored: whether every weight is in a file under its own name. It is not for
+            architectures whose weights transformers converts (the experts of Mixtral) or renames
+            (GPT-2).
 
     Raises:
-        ArtifactError: no safetensors, or a config from which no causal LM can be made.
+        ArtifactError: no safetensors, or a config from which no causal LM can be created.
     """
 
     def __init__(self, folder: Path):
@@ -142,8 +146,8 @@ class WeightFiles:
             lm = _on_meta(config)
         except Exception as error:  # the library raises errors of many kinds
             raise ArtifactError(
-                f"{folder / 'config.json'} makes no causal LM ({_one_line(error)}); give the "
-                "folder of a causal language model"
+                f"{folder / 'config.json'} does not describe a causal LM ({_one_line(error)}); "
+                "give the folder of a causal language model"
             ) from None
         self.config = config
         names = {id(parameter): name for name, parameter in lm.named_parameters()}
@@ -155,7 +159,7 @@ class WeightFiles:
         head = lm.get_output_embeddings().weight
         self.head_bias = lm.get_output_embeddings().bias is not None
         self.head_name = self.embed_name if self.tied else names[id(head)]
-        # A tied model has one parameter; its state dict still knows the head's own name.
+        # A tied model has one parameter; its state dict still lists the head's own name.
         self.head_key = next(
             name
             for name, tensor in lm.state_dict(keep_vars=True).items()
@@ -164,12 +168,12 @@ class WeightFiles:
         self.vocab_size = config.vocab_size
 
     def read(self, name: str) -> torch.Tensor:
-        """A whole weight; its pages are mapped from the file while it lives."""
+        """A whole weight, memory-mapped from the file."""
         with safe_open(self.folder / self.file_of[name], "pt") as f:
             return f.get_tensor(name)
 
     def on_meta(self, name: str) -> torch.Tensor:
-        """A tensor without data, of the shape and dtype that it has in the file."""
+        """A meta tensor with the shape and dtype of the weight in the file."""
         with safe_open(self.folder / self.file_of[name], "pt") as f:
             view = f.get_slice(name)
             shape = view.get_shape()
@@ -180,7 +184,8 @@ class WeightFiles:
         """Open the header of every file.
 
         Raises:
-            ArtifactError: names the first file that is missing, cut or without one of its tensors.
+            ArtifactError: a file is missing, truncated, or lacks one of its tensors; the message
+                names the first such file.
         """
         for file in sorted(set(self.file_of.values())):
             held = _tensor_names(self.folder / file)
@@ -192,7 +197,7 @@ class WeightFiles:
                 )
 
     def rows(self, name: str, token_ids_R: torch.Tensor) -> torch.Tensor:
-        """Rows of a (V, D) weight in float32, (R, D); reads no more than the span they cover."""
+        """Rows of a (V, D) weight, (R, D) float32; reads only the span from first to last row."""
         with safe_open(self.folder / self.file_of[name], "pt") as f:
             view = f.get_slice(name)
             if not len(token_ids_R):
@@ -202,7 +207,7 @@ class WeightFiles:
 
 
 def _file_of(folder: Path) -> dict[str, str]:
-    """Name of a tensor -> file name, from the index or from the only file."""
+    """Tensor name -> file name, from the index or from the only file."""
     if (folder / INDEX).is_file():
         weight_map = artifacts.read_json(folder / INDEX).get("weight_map")
         if not weight_map:
@@ -216,14 +221,16 @@ def _file_of(folder: Path) -> dict[str, str]:
 
 
 def _tensor_names(path: Path) -> set[str]:
-    """What a safetensors file holds; its header says how long the file must be."""
+    """Tensor names in a safetensors file; opening it checks its length against its header."""
     if not path.is_file():
         raise ArtifactError(f"{path} is missing; copy the model again")
     try:
         with safe_open(path, "pt") as f:
             return set(f.keys())
     except SafetensorError as error:
-        raise ArtifactError(f"{path} is cut or damaged ({error}); copy the model again") from None
+        raise ArtifactError(
+            f"{path} is truncated or damaged ({error}); copy the model again"
+        ) from None
 
 
 def write_weights(
@@ -232,15 +239,15 @@ def write_weights(
     read: Callable[[str], torch.Tensor],
     max_shard_size: str,
 ) -> None:
-    """Write weights as safetensors of at most this size, one file in memory at a time.
+    """Write weights as safetensors files, with one file in memory at a time.
 
-    Writes the index that `from_pretrained` reads where there are several files. A single weight
-    that is larger gets a file of its own.
+    If there are several files, it also writes the index that `from_pretrained` reads. A single
+    weight larger than `max_shard_size` gets a file of its own.
 
     Args:
-        shapes: by name, tensors of the weights' shape and dtype, with data or on the meta device.
-        read: gives the weight of a name.
-        max_shard_size: as "5GB".
+        shapes: name -> tensor with the weight's shape and dtype, with data or on the meta device.
+        read: returns the weight with a given name.
+        max_shard_size: largest file, such as "5GB".
     """
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
@@ -259,11 +266,12 @@ def fold(
 ) -> None:
     """Copy a model folder with another vocabulary: untied, with new embedding and head rows.
 
-    `target` is an existing, empty folder. Every other weight keeps its bytes. In memory are the
-    embedding in float32 and the new rows, then one file of what is written at a time.
+    Every other weight keeps its bytes. Memory: the embedding in float32 and the new rows; then one
+    output file at a time.
 
     Args:
-        translate: maps a (V, D) float32 weight and "embed" or "head" to its (U, D) successor.
+        target: an existing, empty folder.
+        translate: maps a (V, D) float32 weight and "embed" or "head" to the new (U, D) weight.
         special_ids: bos/eos/pad ids of the new tokenizer, as `*_token_id` keys.
     """
     weights = WeightFiles(source)

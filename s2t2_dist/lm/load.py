@@ -1,7 +1,7 @@
-"""Load a causal LM into ZeRO-3 partitions without any rank holding, or reading, the whole of it.
+"""Load a causal LM into ZeRO-3 partitions; no rank reads or holds the whole model.
 
-`from_pretrained` under ZeRO-3 has rank 0 read every weight and send it to the others. Here every
-rank reads its own part of each weight, so what a rank reads and holds falls with their number.
+With `from_pretrained` under ZeRO-3, rank 0 reads every weight and broadcasts it. Here each rank
+reads only its own part of each weight, so reads and memory per rank shrink with more ranks.
 """
 
 from pathlib import Path
@@ -17,20 +17,20 @@ from s2t2_dist.lm.folder import WeightFiles
 
 
 def load_lm(folder: Path, model: ModelConfig, settings: dict) -> torch.nn.Module:
-    """Load a causal LM in the recipe's dtype, partitioned over the ranks where ZeRO-3 is on.
+    """Load a causal LM in the recipe's dtype, partitioned over the ranks under ZeRO-3.
 
-    It comes in training mode. At the peak a rank holds its partition and one whole weight, which
-    DeepSpeed makes before it cuts it. A collective.
+    The model is returned in training mode. Peak memory of a rank: its partition and one whole
+    weight, which DeepSpeed allocates before it partitions it. A collective.
 
     Args:
         settings: DeepSpeed settings of the stage, from `engine.engine_settings`.
 
     Raises:
-        ArtifactError: on this rank, where the files do not hold what the config describes.
+        ArtifactError: on this rank, if the files do not match the config.
     """
     weights = WeightFiles(folder)
     dtype = getattr(torch, model.dtype)
-    keep = HfDeepSpeedConfig(settings)  # transformers looks at it while the name lives
+    keep = HfDeepSpeedConfig(settings)  # transformers uses it while this reference exists
     if weights.as_stored and _partitions_in_memory(settings["zero_optimization"]):
         lm = AutoModelForCausalLM.from_config(weights.config, dtype=dtype)
         fill_partitions(lm, weights)
@@ -43,7 +43,7 @@ def load_lm(folder: Path, model: ModelConfig, settings: dict) -> torch.nn.Module
 
 
 def _partitions_in_memory(zero: dict) -> bool:
-    """Whether ZeRO cuts the weights and keeps the parts as they are, not quantized or on NVMe."""
+    """Whether ZeRO partitions the weights and keeps them in memory, unquantized."""
     quantized = any(value for key, value in zero.items() if key.startswith("zero_quantized"))
     on_disk = (zero.get("offload_param") or {}).get("device") == "nvme"
     return zero.get("stage") == 3 and not quantized and not on_disk
@@ -54,7 +54,7 @@ def fill_partitions(lm: torch.nn.Module, weights: WeightFiles) -> None:
     """Read this rank's partition of every weight, and every buffer that the files hold.
 
     Args:
-        lm: partitioned by DeepSpeed's `zero.Init`. A tied weight is one parameter, filled once.
+        lm: partitioned by DeepSpeed's `zero.Init`. A tied weight is one parameter, read once.
     """
     for name, parameter in lm.named_parameters():
         partition = parameter.ds_tensor
@@ -62,7 +62,7 @@ def fill_partitions(lm: torch.nn.Module, weights: WeightFiles) -> None:
         part = read_flat(weights, name, parameter.ds_shape, start, start + partition.ds_numel)
         partition[: len(part)].copy_(part)
         partition[len(part) :].zero_()
-        # hpZ's copy within the node still holds the old values; the next gather makes it anew.
+        # hpZ's copy within the node still holds the old values; the next gather recreates it.
         parameter.ds_secondary_tensor = None
     for name, buffer in lm.named_buffers():
         if name in weights.file_of:
@@ -72,12 +72,12 @@ def fill_partitions(lm: torch.nn.Module, weights: WeightFiles) -> None:
 def read_flat(
     weights: WeightFiles, name: str, shape: torch.Size, start: int, stop: int
 ) -> torch.Tensor:
-    """Elements [start, stop) of a weight in row-major order; fewer where it ends before `stop`.
+    """Elements [start, stop) of a weight in row-major order; fewer if it ends before `stop`.
 
-    Reads the rows that they touch.
+    Reads only the rows that contain them.
 
     Raises:
-        ArtifactError: the file's tensor has another shape.
+        ArtifactError: the tensor in the file has another shape.
     """
     path = weights.folder / weights.file_of[name]
     with safe_open(path, "pt") as f:
@@ -85,7 +85,7 @@ def read_flat(
         if tuple(view.get_shape()) != tuple(shape):
             raise ArtifactError(
                 f"{path}: {name} has shape {tuple(view.get_shape())}, but the config makes it "
-                f"{tuple(shape)}; copy config.json and weights of the same model"
+                f"{tuple(shape)}; use config.json and weights of the same model"
             )
         stop = min(stop, shape.numel())
         if not shape or start >= stop:

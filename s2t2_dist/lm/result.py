@@ -1,4 +1,4 @@
-"""The Hugging Face folder that a weight stage leaves in its run directory."""
+"""The Hugging Face folder `model/` that a pretrain or finetune stage writes."""
 
 import shutil
 from pathlib import Path
@@ -16,12 +16,12 @@ MAX_SHARD_SIZE = "5GB"
 
 
 def special_ids(data_metadata: dict) -> dict[str, int]:
-    """The data's special token ids, by the names that a model's config uses."""
+    """The data's special token ids, under the key names of a model's config."""
     return {key: data_metadata[key] for key in ("eos_token_id", "pad_token_id")}
 
 
 def copy_tokenizer(data_dir: Path, folder: Path) -> None:
-    """Put the tokenizer that the data was made with into a model folder."""
+    """Copy the data's tokenizer into a model folder."""
     for path in (data_dir / TOKENIZER_DIR).iterdir():
         shutil.copyfile(path, folder / path.name)
 
@@ -38,7 +38,7 @@ def write_model(
 
     Args:
         base: the folder the model was loaded from, for its config.
-        record: what the manifest says of the model's origin and evaluation.
+        record: provenance and evaluation, stored in the manifest.
     """
     with artifacts.sealed_directory(folder, {"kind": "model", **record}) as temporary:
         save_torch_state_dict(weights, temporary, max_shard_size=MAX_SHARD_SIZE)

@@ -1,4 +1,4 @@
-"""How many numbers a stage trains, and the bytes that they take: for preflight and `s2t2 plan`.
+"""Counts of the weights that a stage trains, and their bytes: for preflight and `s2t2 plan`.
 
 Shapes: V source rows of P, U target vocabulary, W ranks, N weights of the model.
 """
@@ -13,20 +13,20 @@ from s2t2_dist.config import Finetune, Pretrain, Stage, Translate
 
 SINGLE = 4  # bytes of a float32
 BYTES = {"bfloat16": 2, "float32": 4, "bf16": 2, "fp32": 4, "fp16": 2}
-# Of each number that learns, on disk: its float32 value and two moments. DeepSpeed's files of a
-# bfloat16 model hold the float32 weights alone.
+# Bytes on disk for each trained weight: its float32 value and two moments. For a bfloat16 model
+# DeepSpeed saves the float32 master weights, not the bfloat16 weights.
 CHECKPOINT_BYTES = 3 * SINGLE
 
 
 @dataclass(frozen=True)
 class WeightCounts:
-    """Numbers of a model's weights.
+    """Numbers of elements in a model's weights.
 
     Attributes:
-        total: all of them; a tied head counts once.
-        tied_head: of the head where it is tied, else 0.
+        total: of all weights; a tied head counts once.
+        tied_head: of the head if it is tied, else 0.
         largest: of the largest weight.
-        backbone: without the head's own.
+        backbone: of all weights without an untied head.
         width: D, the length of an embedding.
     """
 
@@ -54,10 +54,10 @@ def count_weights(config: PretrainedConfig) -> WeightCounts:
 
 
 def trained_config(config: PretrainedConfig, stage: Stage, vocab_size: int) -> PretrainedConfig:
-    """The config of the model whose weights a stage trains: the folded one is untied, of U rows.
+    """The config of the model that a stage trains; a folded model is untied and has U rows.
 
     Args:
-        config: of the source model, or of the one to pretrain.
+        config: of the source model, or of the model to pretrain.
     """
     if isinstance(stage, Finetune) and stage.init == "source":
         return config
@@ -68,11 +68,12 @@ def trained_config(config: PretrainedConfig, stage: Stage, vocab_size: int) -> P
 
 
 def weight_states(elements: int, ranks: int, dtype: str, accumulated: str) -> dict[str, int]:
-    """Bytes of a rank under ZeRO-3 for N weights that learn by AdamW, by name.
+    """Bytes per rank, by name, to train N weights with AdamW under ZeRO-3.
 
     Args:
+        elements: N.
         dtype: of the weights; with bfloat16 there are float32 master weights.
-        accumulated: dtype in which gradients are summed.
+        accumulated: dtype in which gradients are accumulated.
     """
     share = ceil(elements / ranks)
     return {
@@ -84,10 +85,10 @@ def weight_states(elements: int, ranks: int, dtype: str, accumulated: str) -> di
 
 
 def plan_count(stage: Translate) -> int:
-    """Plans that a translate stage learns: one, or one each for E and for L."""
+    """Number of plans that a translate stage learns: 2 if E and L have separate plans, else 1."""
     return 2 if stage.plans == "separate" else 1
 
 
 def accumulation_dtype(deepspeed: dict, dtype: str) -> str:
-    """The dtype in which DeepSpeed sums gradients: its settings', or the weights'."""
+    """The dtype in which DeepSpeed accumulates gradients; default: that of the weights."""
     return deepspeed.get("data_types", {}).get("grad_accum_dtype") or dtype

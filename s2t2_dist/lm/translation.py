@@ -1,9 +1,14 @@
-"""The translation artifact: a learned plan on disk, and its use on another model's weights.
+"""The translation artifact: a learned plan on disk, and its application to a model's weights.
 
-A translation is a sealed directory: one `plan-*.safetensors` per rank that wrote it (its rows of
-P as CSR, their source token ids and marginals), `target_marginal.safetensors` and
-`translation.json`. P has total mass 1. Source tokens that the plan leaves out have no row.
-Where E and L have a P each, both are there, with the same rows and marginals.
+A translation is a sealed directory with:
+
+- one `plan-*.safetensors` per rank that wrote it: its rows of P as CSR, with their source token
+  ids and marginals;
+- `target_marginal.safetensors`;
+- `translation.json`.
+
+P has total mass 1. Source tokens that the stage did not use have no row. If E and L have separate
+plans, both are stored, with the same rows and marginals.
 
 Shapes: R source tokens in use, V the source vocabulary, U the target vocabulary, D model width.
 """
@@ -25,7 +30,7 @@ from s2t2_dist.lm.folder import fold
 from s2t2_dist.lm.result import special_ids
 
 FORMAT_VERSION = 2
-PLANS = (["plan"], ["embed", "head"])  # names: one for both, or one each
+PLANS = (["plan"], ["embed", "head"])  # plan names: one shared plan, or separate plans
 CSR = ("indptr", "indices", "values")
 TRANSLATION_DIR = "translation"
 RECORD = "translation.json"
@@ -34,16 +39,16 @@ TARGET_MARGINAL = "target_marginal.safetensors"
 
 @dataclass(frozen=True, eq=False)
 class Translation:
-    """A plan between two vocabularies, or one for the embedding and one for the LM head.
+    """One shared plan between two vocabularies, or separate plans for embedding and LM head.
 
     Attributes:
         plans: by name, "plan" or "embed" and "head"; each (R, U) sparse COO float32, coalesced,
             total mass 1.
-        source_token_ids: (R,) the source token of each row.
+        source_token_ids: (R,) the source token id of each row.
         source_marginal, target_marginal: (R,) and (U,), float64.
-        embed_scale: "paper" or "convex", how E' is scaled.
+        embed_scale: "paper" or "convex": the scaling of E'.
         vocab_size: V, rows of the source model's embedding.
-        info: the rest of the record: method, iterations, base model, statistics.
+        info: provenance: method, iterations, base model, statistics.
     """
 
     plans: dict[str, torch.Tensor]
@@ -58,12 +63,12 @@ class Translation:
 
     @property
     def embed_plan(self) -> torch.Tensor:
-        """The P that makes E'."""
+        """The P for E'."""
         return next(iter(self.plans.values()))
 
     @property
     def head_plan(self) -> torch.Tensor:
-        """The P that makes L'; the same one unless they are separate."""
+        """The P for L'; equal to `embed_plan` if the plan is shared."""
         return list(self.plans.values())[-1]
 
     def embed(self, embed_VD: torch.Tensor) -> torch.Tensor:
@@ -85,7 +90,7 @@ class Translation:
         if weight_VD.dim() != 2 or len(weight_VD) < needed:
             raise ArtifactError(
                 f"the {name} has shape {tuple(weight_VD.shape)}, but the translation needs "
-                f"{needed} rows or more: it was learned for another source vocabulary"
+                f"{needed} rows or more; use a model with the translation's source vocabulary"
             )
         return weight_VD[self.source_token_ids.to(weight_VD.device)].float().cpu()
 
@@ -104,18 +109,18 @@ def save_translation(
     vocab_size: int,
     info: dict[str, Any],
 ) -> None:
-    """Write a translation, every rank its own rows. A collective; all ranks see one file system.
+    """Write a translation; each rank writes its own rows to the shared file system. A collective.
 
     Args:
-        directory: must not exist; it appears, complete, at the end.
+        directory: must not exist; it is created atomically at the end.
         plans: by name, "plan" or "embed" and "head": this rank's rows as CSR tiles (h, U), in
             order, of total mass 1 over all ranks.
-        source_token_ids, source_marginal: (R_local,), those of the same rows.
+        source_token_ids, source_marginal: (R_local,), of the same rows.
         target_marginal: (U,).
-        info: anything JSON: method, iterations, base model and its hash, statistics.
+        info: any JSON value: method, iterations, base model and its hash, statistics.
 
     Raises:
-        S2T2Error: on every rank, when any rank could not write; nothing is left behind.
+        S2T2Error: on every rank, if any rank could not write; nothing is left behind.
     """
     assert list(plans) in PLANS, f"unknown plans {list(plans)}"
     record = {
@@ -152,7 +157,7 @@ def _write_together(
     part: dict[str, torch.Tensor],
     shared: dict[str, torch.Tensor],
 ) -> None:
-    """Rank 0 opens the directory, every rank writes its part, rank 0 seals and publishes."""
+    """Rank 0 creates the directory, every rank writes its part, rank 0 seals and publishes."""
     first = comm.rank == 0
 
     def prepare() -> None:
@@ -184,7 +189,7 @@ def _write_together(
 
 
 def load_translation(path: str | Path) -> Translation:
-    """Read a translation and check every file's hash and every index. No pickle is involved.
+    """Read a translation and verify every file's hash and every index. No file is unpickled.
 
     Raises:
         ArtifactError: incomplete, altered, of another kind or version, or inconsistent.
@@ -200,7 +205,9 @@ def load_translation(path: str | Path) -> Translation:
         )
     names = record.get("plans")
     if names not in PLANS:
-        raise ArtifactError(f"{path} holds the plans {names}; expected one of {PLANS}")
+        raise ArtifactError(
+            f"{path} holds the plans {names}; expected one of {PLANS}; learn it again"
+        )
     shards = [_read(path / _part_name(i, record["parts"])) for i in range(record["parts"])]
     target_marginal = _read(path / TARGET_MARGINAL)["values"]
     ids, mu = (
@@ -211,8 +218,8 @@ def load_translation(path: str | Path) -> Translation:
     for plan in plans.values():
         if len(ids) != len(plan) or len(ids.unique()) != len(ids) or not in_vocabulary:
             raise ArtifactError(
-                f"{path}: its {len(ids)} source token ids for {len(plan)} rows are not distinct "
-                f"ids below {record['vocab_size']}"
+                f"{path}: {len(ids)} source token ids for {len(plan)} rows; expected one distinct "
+                f"id below {record['vocab_size']} for each row; learn it again"
             )
     return Translation(
         plans=plans,
@@ -232,7 +239,7 @@ def _part_name(rank: int, size: int) -> str:
 
 
 def _stacked(tiles: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """CSR tiles, one below the other, as the three vectors of one CSR matrix; none: no rows."""
+    """Vertically stacked CSR tiles as the three vectors of one CSR matrix; no tiles: no rows."""
     counts = [tile.crow_indices().diff().cpu() for tile in tiles]
     indices = [tile.col_indices().int().cpu() for tile in tiles]
     values = [tile.values().detach().float().cpu() for tile in tiles]
@@ -248,16 +255,19 @@ def _stacked(tiles: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 def _joined(
     shards: list[dict[str, torch.Tensor]], name: str, columns: int, path: Path
 ) -> torch.Tensor:
-    """One coalesced COO matrix from the parts (torch's own CSR cannot be transposed and used)."""
+    """One coalesced COO matrix from the parts (torch cannot multiply a transposed CSR matrix)."""
     try:
         counts, indices, values = ([shard[f"{name}.{key}"] for shard in shards] for key in CSR)
     except KeyError as error:
-        raise ArtifactError(f"{path} holds no {error}; make it again") from None
+        raise ArtifactError(f"{path} lacks the tensor {error}; learn it again") from None
     counts = torch.cat([indptr.diff() for indptr in counts])
     indices, values = torch.cat(indices).long(), torch.cat(values)
     consistent = len(indices) == len(values) == counts.sum() and bool((counts >= 0).all())
     if not consistent or not bool(((indices >= 0) & (indices < columns)).all()):
-        raise ArtifactError(f"{path}: the plan's indices do not describe {columns} columns")
+        raise ArtifactError(
+            f"{path}: the plan's indices do not describe a matrix of {columns} columns; "
+            "learn it again"
+        )
     rows = torch.arange(len(counts)).repeat_interleave(counts)
     return torch.sparse_coo_tensor(
         torch.stack((rows, indices)),
@@ -272,14 +282,14 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} is not readable ({error}); make it again") from None
+        raise ArtifactError(f"{path} is not readable ({error}); learn it again") from None
 
 
 def check_translation(translation: Translation, source: Path, data_metadata: dict) -> None:
-    """Check that a translation is one between the model's tokenizer and the data's.
+    """Check that a translation is from the model's tokenizer to the data's tokenizer.
 
     Raises:
-        DataError: it was learned for another target or source tokenizer.
+        DataError: it was learned for another source or target tokenizer.
     """
     pairs = {
         "source": (translation.source_tokenizer_sha256, tokenizer_sha256(source)),
@@ -288,19 +298,22 @@ def check_translation(translation: Translation, source: Path, data_metadata: dic
     for side, (found, expected) in pairs.items():
         if found != expected:
             raise DataError(
-                f"the translation was learned for the {side} tokenizer {found[:12]}, here it is "
-                f"{expected[:12]}; learn a translation for this pair"
+                f"the translation was learned for the {side} tokenizer {found[:12]}, but this run "
+                f"uses {expected[:12]}; learn a translation for this pair"
             )
 
 
 def fold_translation(
     translation_dir: Path, source: Path, target: Path, data_metadata: dict
 ) -> None:
-    """Write `source` with the translated vocabulary into the empty folder `target` (rank 0 only).
+    """Write the model `source` with the translated vocabulary into `target`. Call on rank 0.
+
+    Args:
+        target: an existing, empty folder.
 
     Raises:
         ArtifactError: not a translation.
-        DataError: it was learned for another target or source tokenizer.
+        DataError: it was learned for another source or target tokenizer.
     """
     translation = load_translation(translation_dir)
     check_translation(translation, source, data_metadata)

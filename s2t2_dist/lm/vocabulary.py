@@ -1,4 +1,4 @@
-"""The marginals of the transport plan: how much mass each source and each target token has.
+"""Rows and marginals of the transport plan: the mass of each source and each target token.
 
 Shapes: R source tokens with a row of P, U target tokens.
 """
@@ -15,16 +15,17 @@ from s2t2_dist.data.shards import ShardReader, require_tokenizer
 from s2t2_dist.errors import ConfigError
 from s2t2_dist.lm.folder import WeightFiles
 
-# 17 million tokens at 512 a row: a token of one in a million is then counted 17 times.
+# Rows that are counted: at 512 tokens per row 17 million tokens, so that a token with frequency
+# one in a million is counted about 17 times.
 COUNTED_ROWS = 1 << 15
 BLOCK = 1024  # rows counted at a time
 BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 def token_counts(reader: ShardReader) -> torch.Tensor:
-    """How often each token id occurs in at most COUNTED_ROWS rows, spread evenly: (vocab,) int64.
+    """Counts of each token id, (vocab,) int64, in at most COUNTED_ROWS evenly spaced rows.
 
-    A pure function of the data, so every rank counts the same. Padding does not count.
+    A pure function of the data, so all ranks get the same counts. Padding is not counted.
     """
     chosen = np.linspace(0, len(reader) - 1, min(len(reader), COUNTED_ROWS)).astype(np.int64)
     counts = np.zeros(reader.metadata["vocab_size"], dtype=np.int64)
@@ -38,18 +39,18 @@ def token_counts(reader: ShardReader) -> torch.Tensor:
 def source_marginal(
     choice: str, tokenizer_dir: Path, token_ids_R: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The source tokens that have mass, and mu: float64, positive, total 1.
+    """The source tokens with mass, and their marginal mu: float64, positive, total 1.
 
     Args:
-        choice: `uniform`, or a data directory whose token frequencies are taken. Tokens that it
-            does not hold are left out, since a row without mass could not be divided by it.
-        tokenizer_dir: folder of the tokenizer that the data must have been made with.
+        choice: `uniform`, or a data directory whose token frequencies are used. Tokens that do
+            not occur in it are left out, because E' divides each row by its mass.
+        tokenizer_dir: folder of the source tokenizer, with which the data must have been built.
         token_ids_R: the source tokens to choose from.
 
     Raises:
-        ConfigError: no such directory, or it holds none of these tokens.
-        DataError: it was made with another tokenizer.
-        ArtifactError: it is unfinished or altered.
+        ConfigError: no such directory, or none of these tokens occurs in it.
+        DataError: it was built with another tokenizer.
+        ArtifactError: it is incomplete or altered.
     """
     if choice == "uniform":
         return token_ids_R, _normalised(torch.ones(len(token_ids_R)))
@@ -75,8 +76,8 @@ def target_marginal(choice: str, reader: ShardReader) -> torch.Tensor:
     """nu (U,): float64, positive, total 1.
 
     Args:
-        choice: `uniform`, or `frequency`: the tokens' counts in the training rows plus 1 each. A
-            token that the rows do not hold would else have a column without mass, and no E' or L'.
+        choice: `uniform`, or `frequency`: each token's count in the training rows plus 1. Without
+            the 1, a token that does not occur would have a column without mass, and no E' or L'.
     """
     if choice == "uniform":
         return _normalised(torch.ones(reader.metadata["vocab_size"]))
@@ -101,14 +102,15 @@ def source_token_ids(choice: str, folder: Path, vocab_size: int) -> torch.Tensor
     """The source tokens that are rows of P, (R,) int64 ascending.
 
     Args:
-        choice: `all` (every token of the tokenizer: rows that only pad the embedding are left
-            out); `bytes` (tokens that stand for one character or byte, the paper's setting); or a
-            file with one token id per line.
+        choice: one of
+            - `all`: every token of the tokenizer, without rows that only pad the embedding;
+            - `bytes`: tokens that stand for one character or byte, the paper's setting;
+            - a file with one token id per line.
         vocab_size: rows of the embedding.
 
     Raises:
-        ConfigError: the file is missing or holds something else than ids of this vocabulary, or
-            the tokenizer has no such token.
+        ConfigError: the file is missing or contains anything but ids of this vocabulary, or the
+            tokenizer has no such token.
     """
     if choice in ("all", "bytes"):
         return _tokenizer_ids(folder, vocab_size, single=choice == "bytes")
@@ -124,9 +126,11 @@ def source_token_ids(choice: str, folder: Path, vocab_size: int) -> torch.Tensor
 
 
 def _tokenizer_ids(folder: Path, vocab_size: int, single: bool) -> torch.Tensor:
-    """Ids of the tokenizer's tokens, ascending; `single` characters and bytes without special ones.
+    """Ids of the tokenizer's tokens, ascending.
 
-    A byte token is written as one character, or as `<0x41>` by SentencePiece.
+    Args:
+        single: only single characters and bytes, without special tokens. A byte token is written
+            as one character, or as `<0x41>` by SentencePiece.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     special = set(tokenizer.all_special_ids)

@@ -1,5 +1,5 @@
-"""What is made of finished runs: exports, checks, tables, figures.
+"""Output of finished runs: exported models, verification, comparison tables and figures.
 
-Read `runs` (a run as it lies on disk), then what you need: `export`, `card` and `verify`;
-`compare` and `figure`; `translation` (the plan to look at); `evaluate`; `track` (MLflow, later).
+Read `runs` (reads a run directory), then what you need: `export`, `card` and `verify`; `compare`
+and `figure`; `translation` (inspects a plan); `evaluate`; `track` (sends metrics to MLflow later).
 """

@@ -18,7 +18,7 @@ def model_card(name: str, recipe: Recipe, data_manifest: dict, evaluation: Evalu
     Args:
         name: title of the card: the folder's name.
         data_manifest: manifest of the data folder of the run.
-        evaluation: of the exported weights on the validation split.
+        evaluation: of the exported weights, on the validation split.
     """
     validation = data_manifest["splits"]["validation"]
     return f"""{_front_matter(recipe)}

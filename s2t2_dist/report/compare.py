@@ -27,21 +27,21 @@ NOTES = (
     "Steps: optimizer steps of the stage, and of the run up to its end; tokens seen likewise "
     "count from the run's start.",
     "P: non-zeros per source token, per target token, and as a share of all entries; H(P) in nats. "
-    "Where E and L have a P each, means of the two.",
+    "If E and L have separate plans, means of the two.",
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; what does not apply is None.
+    """One line of the table; fields that do not apply are None.
 
     Attributes:
-        new_tokenizer: the line uses the new domain's tokenizer.
+        new_tokenizer: whether the model uses the new domain's tokenizer.
         perplexity: per token.
         bytes_per_token: of the validation split.
         tokens_seen: training tokens since the start of the run.
         nonzeros_per_row, nonzeros_per_column, nonzero_share, entropy: of P (H(P) in nats); means
-            of the two where E and L have one each.
+            of the two plans if E and L have separate ones.
     """
 
     label: str
@@ -63,11 +63,11 @@ class Row:
 def compare(run_dirs: list[Path], out: Path) -> Group:
     """Write table.json, table.md and figure.png for runs over the same text; returns the table.
 
-    Replaces these three files in `out` and touches no other.
+    These three files in `out` are replaced; other files are left alone.
 
     Raises:
         ArtifactError: a run is not done.
-        DataError: the runs' text differs.
+        DataError: the runs have different text.
     """
     runs = read_runs(run_dirs)
     rows = make_rows(runs)
@@ -87,7 +87,7 @@ def compare(run_dirs: list[Path], out: Path) -> Group:
 
 
 def make_rows(runs: list[FinishedRun]) -> list[Row]:
-    """The table's lines: two without a model, then every stage of every run."""
+    """The table's lines: two baselines without a model, then every stage of every run."""
     bits, alphabet = uniform_bits(runs[0].data)
     rows = [Row(f"Uniform over {alphabet}", bits), Row("Unigram", unigram_bits(runs[0].data))]
     for run in runs:
@@ -99,7 +99,7 @@ def make_rows(runs: list[FinishedRun]) -> list[Row]:
 
 
 def _named(runs: list[FinishedRun]) -> dict[str, FinishedRun]:
-    """Runs by what they end as; by their own names too where that is the same."""
+    """Runs by the label of their last stage; the run's name is added to labels that repeat."""
     ends = [
         _label(run, len(run.recipe.stages) - 1, run.recipe.stages[-1].max_steps) for run in runs
     ]
@@ -110,7 +110,7 @@ def _named(runs: list[FinishedRun]) -> dict[str, FinishedRun]:
 
 
 def best_new(rows: list[Row]) -> Row | None:
-    """The best use of the new tokenizer: fewest bits per byte."""
+    """The line with the fewest bits per byte among those that use the new tokenizer."""
     return min((row for row in rows if row.new_tokenizer), key=_bits, default=None)
 
 
@@ -190,7 +190,7 @@ COLUMNS = (
     ("share of\nnon-zeros", "nonzero_share", "{:.2%}"),
     ("H(P),\nnats", "entropy", "{:.2f}"),
 )
-PLAN_COLUMNS = 6  # from here on they describe P
+PLAN_COLUMNS = 6  # index of the first column that describes P
 
 
 def _cells(row: Row, columns: tuple = COLUMNS) -> list[str]:

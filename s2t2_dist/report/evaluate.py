@@ -1,4 +1,4 @@
-"""`s2t2 evaluate`: a Hugging Face folder on one split, in one process, without DeepSpeed."""
+"""`s2t2 evaluate`: evaluate a Hugging Face folder on a split, in one process, without DeepSpeed."""
 
 from pathlib import Path
 
@@ -16,17 +16,20 @@ from s2t2_dist.lm.folder import WeightFiles
 def score(
     model_dir: Path, data_dir: Path, split: str, batch_size: int, dtype: str | None = None
 ) -> Evaluation:
-    """Evaluate a model folder on every row of a split, on the GPU where there is one.
+    """Evaluate a model folder on every row of a split, on a GPU if there is one.
 
     Args:
         dtype: of weights and activations, `bfloat16` or `float32`; default: as stored.
 
     Raises:
-        ArtifactError: no model folder, or its weights cannot be read.
-        DataError: the data were made with another tokenizer than the folder's.
+        ArtifactError: not a model folder, or its weights cannot be read.
+        DataError: the data were built with another tokenizer than the folder's.
     """
     if not (model_dir / "config.json").is_file():
-        raise ArtifactError(f"{model_dir} is no Hugging Face model folder (no config.json in it)")
+        raise ArtifactError(
+            f"{model_dir} is not a Hugging Face model folder (no config.json in it); give the "
+            "folder of a model"
+        )
     WeightFiles(model_dir).check()
     reader = ShardReader(data_dir, split)
     require_tokenizer(reader.metadata, model_dir)
@@ -36,7 +39,8 @@ def score(
     if reader.metadata["vocab_size"] > lm.config.vocab_size:
         raise DataError(
             f"{data_dir} holds token ids up to {reader.metadata['vocab_size'] - 1}, but "
-            f"{model_dir} has {lm.config.vocab_size} rows; build the data for this model"
+            f"the embedding of {model_dir} has {lm.config.vocab_size} rows; build the data for "
+            "this model"
         )
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:

@@ -1,4 +1,4 @@
-"""`s2t2 export`: a finished run as one ordinary Hugging Face folder, verified before it appears."""
+"""`s2t2 export`: write a finished run as an ordinary Hugging Face folder, verified first."""
 
 import tempfile
 from pathlib import Path
@@ -26,17 +26,17 @@ ROWS_PER_COUNT = 4096
 def release(run_dir: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
     """Write a finished run's model to `target`: weights, configs, tokenizer, card, manifest.
 
-    A run that ends with a translate stage has no model of its own: its translation is folded into
-    the base model here.
+    If the run ends with a translate stage, it has no `model/`: its translation is folded into the
+    base model here.
 
     Args:
         max_shard_size: largest safetensors file, such as "5GB".
 
     Raises:
-        ConfigError: `max_shard_size` is no size.
+        ConfigError: `max_shard_size` is not a size.
         ArtifactError: the run is not finished, a file was altered, `target` exists, or the folder
             fails a check of `verify`; nothing is left behind.
-        DataError: the run's data folder is gone or was made with another tokenizer.
+        DataError: the run's data folder is missing or was built with another tokenizer.
     """
     _check_size(max_shard_size)
     recipe = load_recipe(run_dir / "config.yaml")
@@ -70,12 +70,12 @@ def _check_size(size: str) -> None:
         split_torch_state_dict_into_shards({}, max_shard_size=size)
     except (ValueError, OverflowError):
         raise ConfigError(
-            f"max_shard_size: {size!r} is no size; give a number with KB, MB, GB or TB, as in 5GB"
+            f"max_shard_size: {size!r} is not a size; give a number with KB, MB, GB or TB, as 5GB"
         ) from None
 
 
 def _finished(run_dir: Path, recipe: Recipe) -> tuple[Path, dict]:
-    """The artifact of the last stage, checked against its manifest, and what it records."""
+    """The artifact of the last stage, verified against its manifest, and its record."""
     translated = isinstance(recipe.stages[-1], Translate)
     source = run_dir / (TRANSLATION_DIR if translated else MODEL_DIR)
     if not artifacts.is_complete(source):
@@ -91,12 +91,12 @@ def _finished(run_dir: Path, recipe: Recipe) -> tuple[Path, dict]:
 
 
 def untrained_ids(recipe: Recipe, train: ShardReader) -> list[int]:
-    """Token ids that no row held on which any stage of the run was trained, ascending.
+    """Token ids that did not occur in any training row of the run, ascending.
 
-    Their rows got no gradient of their own, so that they may be equal to each other. The stages
-    share one data order, each going on where the one before stopped, so the rows visited are the
-    first of that order. The rows on which a translation from another run was learned do not count:
-    its tokens are untrained here unless this run's own stages met them.
+    Their embedding rows received no gradient of their own, so they may equal each other. All stages
+    share one data order, and each continues where the previous one stopped. So the training rows
+    are the first rows of that order. Training rows of another run, whose translation this run uses,
+    are not counted.
     """
     visited = sum(stage.max_steps * stage.train_batch_size for stage in recipe.stages)
     seen = np.zeros(train.metadata["vocab_size"], dtype=bool)
@@ -108,7 +108,7 @@ def untrained_ids(recipe: Recipe, train: ShardReader) -> list[int]:
 
 
 def copy_weights(source: Path, target: Path, max_shard_size: str) -> None:
-    """Copy a folder's tensors into files of at most this size, see `write_weights`."""
+    """Copy a folder's tensors into files of at most `max_shard_size`, see `write_weights`."""
     weights = WeightFiles(source)
     shapes = {name: weights.on_meta(name) for name in weights.file_of}
     write_weights(target, shapes, weights.read, max_shard_size)

@@ -1,6 +1,6 @@
 """The figure of a comparison: training curves of every run, and the plan P of the first S2T2 run.
 
-Needs no display. Colours are Okabe and Ito's, which colour-blind readers can tell apart.
+It needs no display. The colours are Okabe and Ito's, which colour-blind readers can tell apart.
 """
 
 import itertools
@@ -31,17 +31,17 @@ STYLE = {
     "legend.frameon": False,
 }
 SMOOTHING_SHARE = 15  # a curve is averaged over 1/15 of its steps
-HIGHEST = 1.15  # of the worst baseline: curves that start above it are cut
+HIGHEST = 1.15  # times the worst baseline: curves that start above it are cut off
 PLAN_TOKENS = 300  # sharpest source and target tokens shown
-BLOCKS = 12  # singular vectors that order them
-LEAST_MASS = 0.1  # of a uniform plan's entry: less is drawn grey
+BLOCKS = 12  # singular vectors used to order them
+LEAST_MASS = 0.1  # relative to a uniform plan's entry; smaller entries are grey
 
 
 def draw(path: Path, runs: dict[str, FinishedRun], baselines: dict[str, float]) -> None:
     """Write the figure as PNG.
 
     Args:
-        runs: by the label that the legend gives them.
+        runs: by their label in the legend.
         baselines: bits per byte of horizontal lines, by label.
     """
     translation = first_translation(list(runs.values()))
@@ -60,7 +60,7 @@ def draw(path: Path, runs: dict[str, FinishedRun], baselines: dict[str, float]) 
 
 
 def first_translation(runs: list[FinishedRun]) -> Translation | None:
-    """The plan of the first run that learned one, S2T2 before the other methods."""
+    """The first learned plan; a plan of S2T2 is preferred to those of other methods."""
     stages = [(run, s) for run in runs for s in run.recipe.stages if isinstance(s, Translate)]
     stages.sort(key=lambda pair: pair[1].method not in ("dykstra", "dual"))
     return stages[0][0].translation_of(stages[0][1]) if stages else None
@@ -88,7 +88,7 @@ def _draw_curves(axes: Axes, runs: dict[str, FinishedRun], baselines: dict[str, 
 
 
 def _draw_run(axes: Axes, run: FinishedRun, colour: str) -> list[float]:
-    """One run's stages on one axis of steps; returns its validation points."""
+    """Draw the stages of a run one after the other; returns its validation points."""
     points = []
     for index, stage in enumerate(run.recipe.stages):
         start = run.first_step(index)
@@ -117,7 +117,7 @@ def training_curve(run: FinishedRun, index: int) -> tuple[np.ndarray, np.ndarray
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Centred moving average over a share of the curve; shorter at the ends."""
+    """Centred moving average over 1/SMOOTHING_SHARE of the curve; the window is cut at the ends."""
     half = len(values) // SMOOTHING_SHARE // 2
     sums = np.concatenate(([0.0], np.cumsum(values)))
     at = np.arange(len(values))
@@ -141,15 +141,15 @@ def _draw_plan(axes: Axes, translation: Translation) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     which = " of E" if len(translation.plans) > 1 else ""
-    axes.set_title(f"Transport plan P{which}: the sharpest tokens, alike ones side by side")
+    axes.set_title(f"Transport plan P{which}: sharpest tokens, similar ones side by side")
     label = f"mass, uniform plan = 1 (grey: under {LEAST_MASS:g}, white: 0)"
     axes.figure.colorbar(image, ax=axes, label=label, extend="min")
 
 
 def sharpest_part(translation: Translation, count: int) -> np.ndarray:
-    """P over the uniform plan for the rows and columns with the largest entries, dense.
+    """P divided by the uniform plan, for the rows and columns with the largest entries; dense.
 
-    Of separate plans, that of E.
+    If the plans are separate, it is the plan of E.
     """
     plan = translation.embed_plan
     indices = plan.indices().numpy()
@@ -171,7 +171,7 @@ def sharpest_part(translation: Translation, count: int) -> np.ndarray:
 
 
 def in_blocks(matrix: np.ndarray) -> np.ndarray:
-    """Rows and columns reordered: by the singular vector that weighs most in each, then by it."""
+    """Reorder rows and columns by their dominant singular vector, then by its weight in them."""
     left, scale, right = np.linalg.svd(matrix - matrix.mean(), full_matrices=False)
     orders = []
     for vectors in (left[:, :BLOCKS] * scale[:BLOCKS], right[:BLOCKS].T * scale[:BLOCKS]):

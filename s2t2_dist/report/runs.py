@@ -1,4 +1,4 @@
-"""Finished runs as they lie on disk: recipe, data, metrics and plans, for tables and figures."""
+"""Finished runs read from disk: recipe, data, metrics and plans, for tables and figures."""
 
 import math
 from dataclasses import dataclass
@@ -38,15 +38,15 @@ class FinishedRun:
         return [line for line in self.metrics if line["stage_index"] == index]
 
     def evaluations(self, index: int) -> dict[int, dict]:
-        """Step of the stage -> the line that holds its evaluation."""
+        """Step of the stage -> the line with the evaluation at this step."""
         return {line["step"]: line for line in self.lines(index) if "eval_loss" in line}
 
     def first_step(self, index: int) -> int:
-        """Optimizer steps of the stages before."""
+        """Total optimizer steps of the stages before this one."""
         return sum(stage.max_steps for stage in self.recipe.stages[:index])
 
     def bytes_per_token(self, split: str) -> float:
-        """Bytes of text over tokens of a split (end tokens count, and stand for no text)."""
+        """Bytes of text per token of a split; end tokens count, with zero bytes."""
         held = self.data["splits"][split]
         return held["bytes"] / held["tokens"]
 
@@ -55,7 +55,7 @@ class FinishedRun:
         return line["loss"] / math.log(2) / self.bytes_per_token("train")
 
     def translation_of(self, stage: Stage) -> Translation | None:
-        """The plan that a stage learned, or that a finetune stage was given from elsewhere."""
+        """The plan that a translate stage learned, or that a finetune stage took from elsewhere."""
         if isinstance(stage, Translate):
             return self._learned
         if isinstance(stage, Finetune) and stage.translation is not None:
@@ -71,11 +71,13 @@ def read_run(path: Path) -> FinishedRun:
     """Read a run directory.
 
     Raises:
-        ArtifactError: no run directory, or the run is not done; the message names it.
+        ArtifactError: not a run directory, or the run is not done.
         ConfigError: its config.yaml is not a recipe.
     """
     if not (path / "config.yaml").is_file():
-        raise ArtifactError(f"{path} is no run directory (no config.yaml); give a run's output_dir")
+        raise ArtifactError(
+            f"{path} is not a run directory (no config.yaml); give a run's output_dir"
+        )
     status = artifacts.read_json(path / "status.json")
     if status.get("state") != "done":
         reason = f" ({status['reason']})" if "reason" in status else ""
@@ -88,7 +90,8 @@ def read_run(path: Path) -> FinishedRun:
     for index, stage in enumerate(recipe.stages):
         if not {0, stage.max_steps} <= run.evaluations(index).keys():
             raise ArtifactError(
-                f"{path / METRICS} lacks the first or last evaluation of stage {stage.name}"
+                f"{path / METRICS} lacks the first or last evaluation of stage {stage.name}; "
+                "restore the file or repeat the run in a new output_dir"
             )
     return run
 
@@ -97,7 +100,7 @@ def read_runs(paths: list[Path]) -> list[FinishedRun]:
     """Read runs that can be compared.
 
     Raises:
-        DataError: two of them are evaluated on different text.
+        DataError: two runs have different text in the train or validation split.
     """
     runs = [read_run(path) for path in paths]
     for run in runs[1:]:
@@ -110,15 +113,15 @@ def read_runs(paths: list[Path]) -> list[FinishedRun]:
 
 
 def text_of(data: dict) -> dict[str, dict[str, int]]:
-    """Bytes of each value in each split: the same for every tokenizer."""
+    """Counts of each byte value in each split; independent of the tokenizer."""
     return {split: held["byte_counts"] for split, held in data["splits"].items()}
 
 
 def uniform_bits(data: dict) -> tuple[float, str]:
-    """Bits per byte of guessing letters with no knowledge, and what is guessed among.
+    """Bits per byte of a uniform guess, and a description of its alphabet.
 
-    Proteins: the 20 standard letters (the few others are left out); else every byte value that
-    the train split holds.
+    The alphabet of proteins is the 20 standard letters; the few rare letters are left out. For
+    other text it is every byte value that occurs in the train split.
     """
     counts = data["splits"]["train"]["byte_counts"]
     if AMINO_ACIDS <= counts.keys() <= AMINO_ACIDS | RARE_AMINO_ACIDS:

@@ -1,4 +1,4 @@
-"""`s2t2 track`: send MLflow what a run wrote down while the server could not be reached."""
+"""`s2t2 track`: upload metrics that MLflow could not receive."""
 
 from pathlib import Path
 
@@ -8,7 +8,8 @@ from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error
 from s2t2_dist.run.directory import CONFIG, locked, read_state
 from s2t2_dist.run.tracking import LINK, MLflowShipper, flatten, read_metrics
 
-# What MLflow calls the states of `status.json`; a run that is still "running" was killed.
+# State in `status.json` -> MLflow status. Any other state is KILLED: a run that is still "running"
+# although no job holds its lock was killed.
 STATUS = {"done": "FINISHED", "failed": "FAILED"}
 
 
@@ -16,25 +17,30 @@ def replay(run_dir: Path, seconds: float) -> str:
     """Send every line of `metrics.jsonl` that MLflow does not have; returns a line to print.
 
     Args:
-        seconds: how long the server may take.
+        seconds: how long to try before giving up.
 
     Raises:
-        ArtifactError: no run directory.
-        ConfigError: its recipe switches MLflow off.
-        S2T2Error: a job runs in it, which sends them itself, or the server did not answer in time.
+        ArtifactError: not a run directory.
+        ConfigError: the recipe disables MLflow.
+        S2T2Error: a job is running in the directory (it sends its metrics itself), or the server
+            did not accept everything in time.
     """
     if not (run_dir / CONFIG).exists():
-        raise ArtifactError(f"{run_dir} is no run directory (no {CONFIG} in it)")
+        raise ArtifactError(
+            f"{run_dir} is not a run directory (no {CONFIG} in it); give a run's output_dir"
+        )
     recipe = load_recipe(run_dir / CONFIG)
     if not recipe.tracking.enabled:
-        raise ConfigError(f"{run_dir / CONFIG}: tracking.enabled is false")
+        raise ConfigError(
+            f"{run_dir / CONFIG}: tracking.enabled is false; set it to true to send the metrics"
+        )
     with locked(run_dir):
         status = STATUS.get(read_state(run_dir) or "", "KILLED")
         shipper = MLflowShipper(run_dir, recipe.tracking, flatten(recipe_values(recipe)))
         if not shipper.close(status, seconds):
             raise S2T2Error(
-                f"MLflow at {shipper.uri} did not take everything within {seconds:.0f} s; nothing "
-                "is lost: run this again when it answers"
+                f"MLflow at {shipper.uri} did not accept everything within {seconds:.0f} s; "
+                "nothing is lost: run this again when the server responds"
             )
     run_id, lines = read_json(run_dir / LINK)["run_id"], len(read_metrics(run_dir))
     return f"{lines} lines of {run_dir} are in MLflow run {run_id} at {shipper.uri}, {status}"

@@ -1,6 +1,6 @@
-"""What a learned plan looks like: its numbers, and its sharpest target tokens in words.
+"""Inspection of a learned plan: its statistics, and its sharpest target tokens as text.
 
-Shapes: R source rows in use, U target tokens.
+Shapes: R source tokens with a row of P, U target tokens.
 """
 
 from dataclasses import dataclass
@@ -17,15 +17,16 @@ from s2t2_dist.errors import DataError
 from s2t2_dist.lm.translation import Translation, load_translation
 
 TOKENS_SHOWN = 20
-USES = {"plan": "", "embed": " (for E)", "head": " (for L)"}  # plan's name -> what it serves
+USES = {"plan": "", "embed": " (for E)", "head": " (for L)"}  # plan name -> suffix of titles
 
 
 @dataclass(frozen=True)
 class PlanSummary:
-    """Numbers of a plan of total mass 1. Errors are relative to the marginal, the largest of all.
+    """Statistics of a plan of total mass 1.
 
     Attributes:
-        entropy: H(P) = -sum P log P in nats; log(R * U) where P is uniform.
+        entropy: H(P) = -sum P log P in nats; log(R * U) if P is uniform.
+        row_error, col_error: largest error of a row or column sum, relative to its marginal.
     """
 
     rows: int
@@ -49,12 +50,11 @@ class PlanSummary:
 
 
 def summarize(translation: Translation) -> dict[str, PlanSummary]:
-    """The numbers of each plan by its name: "plan", or "embed" and "head" where they differ."""
+    """The statistics of each plan, by name: "plan", or "embed" and "head" if they are separate."""
     return {name: _summarize(translation, plan) for name, plan in translation.plans.items()}
 
 
 def _summarize(translation: Translation, plan: torch.Tensor) -> PlanSummary:
-    """Count and sum a plan, from its entries alone."""
     values = plan.values().double()
     sums = [
         torch.zeros(size, dtype=torch.float64).index_add_(0, index, values)
@@ -78,7 +78,7 @@ def _summarize(translation: Translation, plan: torch.Tensor) -> PlanSummary:
 def top_sources(
     translation: Translation, plan: torch.Tensor, column: int, top: int
 ) -> list[tuple[int, float]]:
-    """The source token ids with the largest shares of a target token's mass, with the shares."""
+    """The source tokens with the largest shares of a target token's mass: (token id, share)."""
     rows, columns = plan.indices()
     chosen = columns == column
     values = plan.values()[chosen].double()
@@ -88,7 +88,7 @@ def top_sources(
 
 
 def sharpest_columns(plan: torch.Tensor, count: int) -> list[int]:
-    """Target tokens whose mass comes most from one source token, sharpest first."""
+    """Target tokens with the largest share of their mass from one source token, sharpest first."""
     columns, values = plan.indices()[1], plan.values().double()
     zeros = torch.zeros(plan.shape[1], dtype=torch.float64)
     largest = zeros.scatter_reduce(0, columns, values, "amax")
@@ -102,16 +102,17 @@ def report(
     source_tokenizer: Path | None = None,
     target_tokenizer: Path | None = None,
 ) -> Group:
-    """A translation for a terminal.
+    """A translation as tables for a terminal.
 
     Args:
         top: source tokens shown for each target token.
-        source_tokenizer, target_tokenizer: folders to read token texts from; default: those of
-            the run that learned the plan, where they are still there; else ids are shown.
+        source_tokenizer, target_tokenizer: folders of the tokenizers, for the text of tokens;
+            default: those of the run that learned the plan. If they no longer exist, token ids
+            are shown.
 
     Raises:
         ArtifactError: not a translation.
-        DataError: a tokenizer that was given is not the plan's.
+        DataError: a given tokenizer is not the plan's.
     """
     translation = load_translation(path)
     recipe = translation.info.get("recipe", {})
@@ -195,7 +196,8 @@ def _tokenizer(
         return AutoTokenizer.from_pretrained(folder)
     if given:
         raise DataError(
-            f"{given} is the tokenizer {found[:12]}, the translation was learned for {sha256[:12]}"
+            f"{given} is the tokenizer {found[:12]}, but the translation was learned for "
+            f"{sha256[:12]}; give that tokenizer"
         )
     return None
 

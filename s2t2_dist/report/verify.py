@@ -1,7 +1,7 @@
-"""`s2t2 verify`: is a model folder what its config and tokenizer say it is?
+"""`s2t2 verify`: check that a model folder is consistent with its config and tokenizer.
 
-Each check looks at one way in which swapping a vocabulary goes wrong in practice and answers with
-a problem or with what it found. Weights are read from the safetensors, one matrix at a time.
+Each check covers one way in which swapping a vocabulary goes wrong in practice. It reports the
+problem, or what it found. Weights are read from the safetensors, one matrix at a time.
 
 Shapes: V rows of the embedding and of the LM head, D width.
 """
@@ -23,14 +23,14 @@ from s2t2_dist.data.shards import TOKENIZER_JSON
 from s2t2_dist.errors import ArtifactError, S2T2Error
 from s2t2_dist.lm.folder import WeightFiles
 
-# Manifest key: tokens that no training row held. Their rows never learned and may be equal.
+# Manifest key: ids of tokens that no training row contained. Their embeddings may be equal.
 UNTRAINED = "untrained_token_ids"
 SAMPLE_CHARACTERS = 2000
 
 
 @dataclass(frozen=True)
 class Check:
-    """The outcome of one check: `found` is the problem, or where it passed what was seen."""
+    """The outcome of one check; `found` is the problem, or what was found if it passed."""
 
     name: str
     passed: bool
@@ -45,14 +45,17 @@ def verify_model(folder: Path, untrained: Iterable[int] | None = None) -> list[C
     """Run every check on a Hugging Face folder.
 
     Args:
-        untrained: token ids that training never saw, whose rows may be equal; default: those of
-            the folder's manifest, or none.
+        untrained: ids of tokens that did not occur in training, whose rows may be equal; default:
+            those of the folder's manifest, or none.
 
     Raises:
-        ArtifactError: no model folder at all (no config.json).
+        ArtifactError: not a model folder (no config.json).
     """
     if not (folder / "config.json").is_file():
-        raise ArtifactError(f"{folder} is no Hugging Face model folder (no config.json in it)")
+        raise ArtifactError(
+            f"{folder} is not a Hugging Face model folder (no config.json in it); give the folder "
+            "of a model"
+        )
     model = _Folder(folder, untrained)
     return [_run(name, check, model) for name, check in CHECKS.items()]
 
@@ -67,7 +70,7 @@ def require_verified(folder: Path, untrained: Iterable[int] | None = None) -> No
 
 
 def require_passed(folder: Path, checks: list[Check]) -> None:
-    """Raise an ArtifactError that names the first failed check, if there is one."""
+    """Raise an ArtifactError that names the first failed check, if any check failed."""
     failed = [check for check in checks if not check.passed]
     if failed:
         more = f" (and {len(failed) - 1} more checks)" if len(failed) > 1 else ""
@@ -84,7 +87,7 @@ def table(folder: Path, checks: list[Check]) -> Table:
 
 
 class _Folder:
-    """A model folder, its parts read when they are asked for."""
+    """A model folder whose parts are read at first use."""
 
     def __init__(self, path: Path, untrained: Iterable[int] | None):
         self.path = path
@@ -129,7 +132,7 @@ class _Folder:
 
     @property
     def matrices(self) -> dict[str, str]:
-        """Name of the weight in the files, by what it is."""
+        """Role ("embedding", "LM head") -> name of the weight in the files."""
         weights = self.weights
         named = {"embedding": weights.embed_name}
         return named if weights.tied else {**named, "LM head": weights.head_name}
@@ -156,11 +159,11 @@ def _files(model: _Folder) -> str:
     if not (model.path / artifacts.MANIFEST).is_file():
         return "no manifest: not written by this project, or not sealed yet"
     manifest = artifacts.verify(model.path)
-    return f"{len(manifest['files'])} files have their sha256"
+    return f"{len(manifest['files'])} files match their sha256"
 
 
 def _parameters(model: _Folder) -> str:
-    """Every parameter of the architecture is in the files, with its shape, and nothing else."""
+    """The files hold every parameter of the architecture, in its shape, and nothing else."""
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(model.config)
     expected = {name: list(parameter.shape) for name, parameter in lm.named_parameters()}
@@ -169,7 +172,7 @@ def _parameters(model: _Folder) -> str:
         if name not in model.in_files:
             raise _CheckError(f"{name} is not in the files")
         if model.in_files[name][0] != shape:
-            raise _CheckError(f"{name} is {model.in_files[name][0]}, the config makes it {shape}")
+            raise _CheckError(f"{name} is {model.in_files[name][0]}, the config expects {shape}")
     if surplus := sorted(model.in_files.keys() - known):
         raise _CheckError(f"{surplus[0]} is in the files but not in the architecture")
     count = sum(parameter.numel() for parameter in lm.parameters())
@@ -199,21 +202,21 @@ def _finite(model: _Folder) -> str:
 
 
 def _no_zero_rows(model: _Folder) -> str:
-    """transformers starts the padding token's embedding at zero and never trains it."""
+    """Padding may have a zero row: transformers initializes it to zero and never trains it."""
     pad, note = model.tokenizer.pad_token_id, ""
     for what, name in model.matrices.items():
         zero = (model.read(name)[_token_rows(model)] == 0).all(dim=1).nonzero().flatten().tolist()
         ids = [model.token_ids[i] for i in zero]
         if what == "embedding" and pad in ids:
             ids.remove(pad)
-            note = f" but padding, {model.describe([pad])}, which is never read"
+            note = f" except padding, {model.describe([pad])}, which is never read"
         if ids:
             raise _CheckError(f"{what} rows that are zero: {model.describe(ids)}")
     return f"no token has a zero row{note}"
 
 
 def _distinct_rows(model: _Folder) -> str:
-    """No two tokens share a row, but for tokens that training never saw."""
+    """No two tokens have equal rows, except tokens that did not occur in training."""
     notes = []
     for what, name in model.matrices.items():
         groups = _equal_rows(model.read(name), _token_rows(model))
@@ -222,12 +225,12 @@ def _distinct_rows(model: _Folder) -> str:
                 raise _CheckError(f"{what} rows that are equal: {model.describe(ids)}")
         if groups:
             count = sum(map(len, groups))
-            notes.append(f"{count} tokens never seen in training share {what} rows")
+            notes.append(f"{count} tokens that did not occur in training share {what} rows")
     return "; ".join(notes) or "every token has its own row"
 
 
 def _token_rows(model: _Folder) -> torch.Tensor:
-    """Ids of the rows that a token uses; a base model may have more rows than tokens."""
+    """Ids of the rows that belong to a token; a base model may have more rows than tokens."""
     _row_counts(model)
     return torch.tensor(model.token_ids)
 
@@ -264,9 +267,9 @@ def _as_set(value: int | list[int] | None) -> frozenset:
 def _padding(model: _Folder) -> str:
     pad, eos = model.tokenizer.pad_token_id, model.tokenizer.eos_token_id
     if eos is None:
-        raise _CheckError("the tokenizer has no end token: generation would not stop")
+        raise _CheckError("the tokenizer has no end-of-sequence token: generation would not stop")
     if pad == eos:
-        raise _CheckError(f"padding and end are both token {eos}")
+        raise _CheckError(f"padding and end of sequence are both token {eos}")
     return "no padding token" if pad is None else f"pad {pad}, eos {eos}"
 
 
@@ -299,10 +302,10 @@ def _round_trip(model: _Folder) -> str:
     special = set(tokenizer.all_special_ids)
     texts = (tokenizer.decode([i]) for i in model.token_ids if i not in special)
     letters = [text for text in texts if len(text) == 1 and text.isprintable() and text != "\ufffd"]
-    # Every letter, then every second, every third: different neighbours, so that merges apply.
+    # Every letter, then every second, every third and so on: new neighbours exercise the merges.
     sample = "".join("".join(letters[::step]) for step in range(1, 40))[:SAMPLE_CHARACTERS]
     if not sample:
-        raise _CheckError("no token stands for one letter")
+        raise _CheckError("no token is a single letter")
     ids = tokenizer.encode(sample, add_special_tokens=False)
     back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     if back != sample:

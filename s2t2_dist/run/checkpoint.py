@@ -1,11 +1,12 @@
-"""Checkpoints of a run: `checkpoints/STAGE-STEP/`, complete and hashed or not there at all.
+"""Checkpoints of a run: `checkpoints/STAGE-STEP/`, written atomically and hashed.
 
-DeepSpeed marks a checkpoint as the latest before every rank has written it. So every rank writes
-into a temporary directory; after a barrier the ranks share the hashing, rank 0 writes the
-manifest and `COMPLETE`, and one rename makes it a checkpoint. The directory must be on a file
-system that every rank sees.
+DeepSpeed marks a checkpoint as the latest before every rank has written it. To avoid that:
 
-Nothing of a checkpoint is read before every file in it was found to be what its manifest says.
+1. every rank writes into a temporary directory on the shared file system;
+2. after a barrier, each rank hashes its share of the files;
+3. rank 0 writes the manifest and `COMPLETE`, then renames the directory to its final name.
+
+A checkpoint is loaded only after every file in it has been verified against the manifest.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from s2t2_dist import artifacts
 from s2t2_dist.comm import Comm, agree
 from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error, collective
 
-# How the name of a copy begins that `universal` cuts for another number of ranks.
+# Name prefix of the temporary copies that `reshard.converted` makes for another number of ranks.
 CONVERTED = ".tmp-universal-"
 
 _log = logging.getLogger(__name__)
@@ -48,16 +49,16 @@ def save(
     keep: int,
     keep_steps: int | None = None,
 ) -> None:
-    """Write a checkpoint. A collective, phase by phase: a rank that fails holds up no other.
+    """Write a checkpoint. A collective: if one rank fails in a phase, all ranks raise after it.
 
     Args:
-        write: writes this rank's state below the directory it is given. It may hold collectives
-            and must then reach them all even where it fails (`engine.TrainedLM.save` does).
-        keep: how many checkpoints stay; older ones are removed afterwards.
-        keep_steps: those at a multiple of so many steps of their stage stay for good.
+        write: writes this rank's state below the given directory. If it calls collectives, it
+            must reach all of them even when it fails (`engine.TrainedLM.save` does).
+        keep: number of newest checkpoints to keep; older ones are removed afterwards.
+        keep_steps: checkpoints at a multiple of this many steps of their stage are never removed.
 
     Raises:
-        S2T2Error: on every rank, when the disk of any is full or not writable; earlier
+        S2T2Error: on every rank, if the disk of any rank is full or not writable; earlier
             checkpoints are untouched.
     """
     target = run_dir / "checkpoints" / f"{position.stage}-{position.step:06d}"
@@ -95,19 +96,19 @@ def save(
 
 
 def find(run_dir: Path, comm: Comm, path: Path | None = None) -> tuple[Path, Position] | None:
-    """The checkpoint to resume from, its every file checked; None in a new run. A collective.
+    """The checkpoint to resume from, with every file verified; None in a new run. A collective.
 
-    The ranks share the hashing. Damaged checkpoints that are newer are set aside as
-    `.damaged-NAME`: the run writes their steps again.
+    The ranks share the hashing. Newer checkpoints that are damaged are renamed to
+    `.damaged-NAME`, because the run writes their steps again.
 
     Args:
-        path: the one that was asked for; default: the newest that is whole.
+        path: the checkpoint to use; default: the newest valid one.
 
     Raises:
-        ArtifactError: on every rank, where `path` is damaged or of another run, or where there
-            are checkpoints and none is whole.
-        ConfigError: on every rank, where `path` is not the newest: the metrics and checkpoints
-            after it would mix with those that are written again.
+        ArtifactError: on every rank, if `path` is damaged or belongs to another run, or if there
+            are checkpoints and none is valid.
+        ConfigError: on every rank, if `path` is not the newest: later metrics and checkpoints
+            would mix with those that are written again.
     """
 
     def look() -> list[Path]:
@@ -128,7 +129,7 @@ def find(run_dir: Path, comm: Comm, path: Path | None = None) -> tuple[Path, Pos
             return None
         problems = "; ".join(damaged.values())
         if path is None:
-            problems = f"no checkpoint to resume from: {problems}; bring one back, or remove all"
+            problems = f"no checkpoint to resume from: {problems}; restore one, or remove all"
         raise collective(ArtifactError(problems))
     agree(comm, lambda: _set_aside(damaged, found, comm.rank), "setting a checkpoint aside")
     return found, _position(found)
@@ -143,30 +144,32 @@ def _problem(path: Path, comm: Comm) -> str | None:
     except (ArtifactError, OSError) as error:  # a failing disk gives OSErrors
         problem = str(error)
     except KeyError as error:
-        problem = f"{path / artifacts.MANIFEST} is no checkpoint's: it has no {error}"
+        problem = f"{path / artifacts.MANIFEST} is not the manifest of a checkpoint: no key {error}"
     return next(filter(None, comm.gather_objects(problem)), None)
 
 
 def _set_aside(damaged: dict[Path, str], used: Path, rank: int) -> None:
-    """On rank 0, rename what is damaged; a line each says why, and what is used instead."""
+    """On rank 0, rename the damaged checkpoints and log why, and which one is used instead."""
     if rank != 0:
         return
     for path, problem in damaged.items():
         aside = path.with_name(f".damaged-{path.name}")
         _remove(aside)
         path.rename(aside)
-        _log.warning("resuming from %s, since %s; kept as %s", used.name, problem, aside.name)
+        _log.warning("resuming from %s because %s; kept as %s", used.name, problem, aside.name)
 
 
 def _candidates(run_dir: Path) -> list[Path]:
-    """What may be a checkpoint: those whose position cannot be read, then the newest position."""
+    """Directories to try, in order: those with an unreadable position, then newest first."""
     sealed = list_checkpoints(run_dir)
     return sorted({*(run_dir / "checkpoints").glob("[!.]*")} - {*sealed}) + sealed
 
 
 def _asked_for(run_dir: Path, path: Path) -> Path:
     if path.resolve().parent != (run_dir / "checkpoints").resolve():
-        raise ArtifactError(f"{path} is no checkpoint of {run_dir}; name one in its checkpoints/")
+        raise ArtifactError(
+            f"{path} is not a checkpoint of {run_dir}; give the path of one in its checkpoints/"
+        )
     names = [other.name for other in list_checkpoints(run_dir)]
     newer = names[: names.index(path.resolve().name)] if path.resolve().name in names else []
     if newer:
@@ -178,7 +181,7 @@ def _asked_for(run_dir: Path, path: Path) -> Path:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Sealed checkpoints, newest position first; their files were not checked."""
+    """Sealed checkpoints, newest position first; their files are not verified."""
     sealed = []
     for path in (run_dir / "checkpoints").glob("[!.]*"):
         with contextlib.suppress(ArtifactError, OSError, KeyError):
@@ -199,7 +202,7 @@ def _remove_old(run_dir: Path, keep: int, keep_steps: int | None) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a directory so that a kill in the middle leaves nothing that looks like one."""
+    """Remove a checkpoint; if killed in the middle, leave nothing that looks like a checkpoint."""
     if path.exists():
         doomed = path.with_name(f".tmp-removed-{path.name}")
         shutil.rmtree(doomed, ignore_errors=True)
@@ -208,13 +211,16 @@ def _remove(path: Path) -> None:
 
 
 def _clear_temporary(directory: Path) -> None:
-    """Remove what a killed save left behind; a killed job's converter may still write to its."""
+    """Remove what a killed job left behind.
+
+    The converter of a killed job may still be writing into its copy, so errors are ignored there.
+    """
     for path in directory.glob(".tmp-*"):
         shutil.rmtree(path, ignore_errors=path.name.startswith(CONVERTED))
 
 
 def _with_clear_error(step: Callable[[], T], target: Path) -> T:
-    """Run one phase of a save; torch reports a full disk as a RuntimeError."""
+    """Run one phase of a save and turn its failure into a one-line error."""
     try:
         return step()
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -231,5 +237,5 @@ def _save_error(error: Exception, target: Path) -> S2T2Error:
     reason = " ".join(str(error).split())[:200]
     return S2T2Error(
         f"checkpoint {target} could not be written ({free / 2**20:.0f} MiB free on its disk): "
-        f"{reason}; the checkpoints before it are intact"
+        f"{reason}; earlier checkpoints are intact: fix the cause and start again"
     )

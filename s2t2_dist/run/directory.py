@@ -1,8 +1,8 @@
-"""A run directory: whose it is, what it was started with, its lock and its status.
+"""A run directory: the recipe and inputs it was started with, its lock and its status.
 
-`config.yaml` holds the resolved recipe, `inputs.json` what identifies the files it names. A start
-with the same of both goes on with the run; anything else is refused. Rank 0 holds `.lock` while
-a job runs.
+`config.yaml` holds the resolved recipe. `inputs.json` holds hashes and sizes of the files that the
+recipe names. If both are unchanged, a start resumes the run; otherwise it is refused. Rank 0 holds
+`.lock` while a job runs.
 """
 
 import errno
@@ -27,7 +27,7 @@ STATUS = "status.json"
 CONFIG = "config.yaml"
 INPUTS = "inputs.json"
 LOCK = ".lock"
-# Of a recipe, besides `save_steps` of its stages: what cannot change a result.
+# Recipe keys that cannot change a result, besides `save_steps` of each stage.
 FREE_KEYS = (
     "output_dir",
     "tracking",
@@ -44,16 +44,17 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def claimed(run_dir: Path, recipe: Recipe, inputs: dict, resume: str) -> Iterator[None]:
-    """Make or take over a run directory and hold its lock. On rank 0 only.
+    """Create or take over a run directory and hold its lock. On rank 0 only.
 
-    Args, Raises: see `check`; and an S2T2Error where another job runs in it.
+    Args, Raises: see `check`; and S2T2Error if another job runs in it.
     """
     check(run_dir, recipe, inputs, resume)
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir):
         if not (run_dir / CONFIG).exists():
             artifacts.write_json(run_dir / INPUTS, inputs)
-        # Last, as it makes this a run directory; rewritten for the keys that may change.
+        # Written last, because it makes this a run directory. Rewritten at each start, because
+        # the keys in FREE_KEYS may change.
         values = recipe_values(recipe)
         artifacts.write_text(run_dir / CONFIG, yaml.safe_dump(values, sort_keys=False))
         yield
@@ -74,11 +75,11 @@ def locked(run_dir: Path) -> Iterator[None]:
 def identify_inputs(
     data_dir: Path, deepspeed: dict, model_dir: Path | None, others: Iterable[str] = ()
 ) -> dict:
-    """What the files behind a recipe's paths are, without reading large ones.
+    """Hashes and sizes that identify the files of a recipe, without reading large files.
 
     Args:
-        model_dir: the base model; None where the run starts from a config.
-        others: files, and data directories, that stages read; what is neither is passed over.
+        model_dir: the base model; None if the run starts from a config.
+        others: files and data directories that stages read; anything else is ignored.
     """
     inputs = {
         "data manifest sha256": artifacts.sha256_file(data_dir / artifacts.MANIFEST),
@@ -108,7 +109,7 @@ def write_status(run_dir: Path, state: str, **more: object) -> None:
 
 
 def record_loss(run_dir: Path, reason: str) -> None:
-    """Replace the status that this process wrote, if it is still its own: a rank was lost."""
+    """Record the loss of a rank, if `status.json` is still the one that this process wrote."""
     path = run_dir / STATUS
     if path.exists():
         found = artifacts.read_json(path)
@@ -118,27 +119,29 @@ def record_loss(run_dir: Path, reason: str) -> None:
 
 
 def check(run_dir: Path, recipe: Recipe, inputs: dict, resume: str) -> None:
-    """Check that a run may start, or go on, in a directory. Writes nothing.
+    """Check that a run may start or resume in a directory. Writes nothing.
 
     Args:
         inputs: from `identify_inputs`.
         resume: `auto`, `never` or the path of a checkpoint, as in `start.run`.
 
     Raises:
-        ConfigError: it holds a run with another recipe or other inputs (names what changed), or
-            does not fit `resume`.
-        ArtifactError: it holds something else.
+        ConfigError: the directory holds a run with another recipe or other inputs (the message
+            lists the changes), or its state does not allow `resume`.
+        ArtifactError: the directory holds something that is not a run.
     """
     config = run_dir / CONFIG
     if not config.exists():
-        # A job that was killed as it began may have left these two.
+        # A job that was killed at its start may have left these two.
         if run_dir.exists() and {path.name for path in run_dir.iterdir()} - {LOCK, INPUTS}:
             raise ArtifactError(
-                f"{run_dir} exists and is no run directory (no {CONFIG} in it); choose another "
+                f"{run_dir} exists and is not a run directory (no {CONFIG} in it); choose another "
                 "output_dir or remove it yourself"
             )
         if resume not in ("auto", "never"):
-            raise ConfigError(f"--resume {resume}: {run_dir} holds no run to resume")
+            raise ConfigError(
+                f"--resume {resume}: {run_dir} holds no run to resume; start it without --resume"
+            )
         return
     if resume == "never":
         raise ConfigError(f"{run_dir} holds a run and --resume is never; choose another output_dir")
@@ -153,12 +156,12 @@ def check(run_dir: Path, recipe: Recipe, inputs: dict, resume: str) -> None:
     if changes:
         raise ConfigError(
             f"{run_dir} was started with other files ({'; '.join(changes)}); "
-            "bring them back or choose another output_dir"
+            "restore them or choose another output_dir"
         )
 
 
 def _decisive(values: dict) -> dict:
-    """A resolved recipe without the keys that cannot change a result, which a resume may set."""
+    """A resolved recipe without the keys that cannot change a result; a resume may change those."""
     values = deepcopy(values)
     for key in FREE_KEYS:
         values.pop(key, None)
@@ -168,10 +171,10 @@ def _decisive(values: dict) -> dict:
 
 
 def _take(lock, run_dir: Path) -> None:
-    """Lock an open file for as long as it is open, and write who holds it.
+    """Lock a file until it is closed, and write this host and process id into it.
 
-    Best effort: it guards against a second job whose rank 0 can see the first one's lock, which a
-    network file system without flock does not show. The kernel drops it with the process.
+    Best effort: a network file system without flock does not show the lock to other hosts. The
+    kernel releases the lock when the process ends.
     """
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -186,7 +189,7 @@ def _take(lock, run_dir: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
-        _log.warning("%s cannot be locked (%s): start no second job in it", run_dir, error)
+        _log.warning("%s cannot be locked (%s): do not start a second job in it", run_dir, error)
         return
     lock.truncate(0)
     lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))

@@ -1,4 +1,4 @@
-"""One line of progress on rank 0: rewritten on a terminal, printed now and then elsewhere."""
+"""One line of progress on rank 0: rewritten in place on a terminal, else printed every 10 s."""
 
 import sys
 import time
@@ -15,8 +15,8 @@ class Progress:
     """Progress of one stage.
 
     Args:
-        start: the step the stage goes on from.
-        seconds: least time between two lines where standard output is no terminal.
+        start: the step from which the stage resumes; 0 in a new stage.
+        seconds: minimum time between two lines if standard output is not a terminal.
     """
 
     def __init__(self, stage: str, start: int, max_steps: int, rank: int, seconds: float = 10.0):
@@ -30,7 +30,7 @@ class Progress:
         self.last = 0.0
 
     def update(self, step: int, values: dict[str, float]) -> None:
-        """Show where the stage is; an evaluation and the last step always show."""
+        """Show the progress; evaluations and the last step are always shown."""
         now = time.monotonic()
         notable = "eval_loss" in values or step == self.max_steps
         if self.quiet or not (notable or self.terminal or now - self.last >= self.seconds):

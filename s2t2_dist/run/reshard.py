@@ -1,7 +1,7 @@
-"""A checkpoint of a stage that trains every weight, cut anew for another number of ranks.
+"""Resharding of DeepSpeed checkpoints (pretrain and finetune stages) for another number of ranks.
 
-DeepSpeed cuts weights and moments for the ranks that save them. Its own converter,
-`ds_to_universal`, joins them to a file per parameter, which any number of ranks can load.
+DeepSpeed partitions weights and moments for the ranks that save them. Its own converter,
+`ds_to_universal`, merges them into one file per parameter, which any number of ranks can load.
 """
 
 import os
@@ -22,22 +22,22 @@ ENGINE_DIR = "engine"
 CONVERTER = "deepspeed.checkpoint.ds_to_universal"
 WORKERS = 2
 POLL_SECONDS = 0.2
-# The converter is a process of its own and no rank of the job.
+# Removed from the converter's environment: it is not a rank of the job.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @contextmanager
 def converted(checkpoint: Path, comm: Comm) -> Iterator[Path]:
-    """A universal copy of a checkpoint beside it, removed at the end. A collective.
+    """A universal copy of a checkpoint, in the same directory, removed at the end. A collective.
 
-    Rank 0 converts. The others wait in short collectives, so that their timeout does not limit
-    the time that a large model takes. Disk: about twice the checkpoint, for that time.
+    Rank 0 converts. The other ranks wait in a loop of short collectives, so a long conversion does
+    not run into the collective timeout. It needs about twice the checkpoint's size on the disk.
 
     Args:
-        checkpoint: one that `checkpoint.find` has checked; the converter unpickles its files.
+        checkpoint: verified by `checkpoint.find`; the converter unpickles its files.
 
     Raises:
-        S2T2Error: on every rank, where the conversion failed, with its last line.
+        S2T2Error: on every rank, if the conversion failed; the message has its last output line.
     """
     copy = checkpoint.with_name(f"{CONVERTED}{checkpoint.name}-{os.getpid()}")
     copy = comm.broadcast_object(copy)
@@ -78,7 +78,7 @@ def _start(checkpoint: Path, copy: Path) -> subprocess.Popen:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Where it still runs: with its workers, which would wait for it for ever."""
+    """Kill the converter if it still runs, and its workers, which would wait for it forever."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -1,23 +1,24 @@
-"""When a job should save and stop: a signal, a launcher that died, or the end of its time."""
+"""When a job should save and stop: a signal, a dead launcher, or the time limit."""
 
 import os
 import signal
 import time
 
 SECONDS_PER_HOUR = 3600.0
-# Of the time limit, kept for the first checkpoint, whose duration nobody knows yet.
+# Share of the time limit reserved for the first checkpoint, whose duration is not yet known.
 FIRST_SAVE_SHARE = 0.02
 
 
 class StopRequest:
-    """Whether this rank was asked to stop; a second SIGINT ends the process at once.
+    """Whether this rank was asked to stop.
 
-    SIGTERM, SIGUSR1 and SIGINT ask for it. So does the death of the launcher that started this
-    rank: nobody would be left to end its job, which would hold the run directory.
+    SIGTERM, SIGUSR1 and SIGINT ask for it; a second SIGINT ends the process at once. The death of
+    this rank's launcher asks for it too: otherwise the orphaned job would keep the run directory
+    locked.
 
     Args:
-        launcher: the process that started this rank; None where none did.
-        max_hours: time limit of the job, from here.
+        launcher: process id of the launcher that started this rank; None without a launcher.
+        max_hours: time limit of the job, counted from now; None for no limit.
     """
 
     def __init__(self, launcher: int | None, max_hours: float | None):
@@ -31,7 +32,7 @@ class StopRequest:
             signal.signal(number, self._handle)
 
     def asked(self) -> bool:
-        """Whether to stop now. To be called once per step: the longest step is kept in mind."""
+        """Whether to stop now. Call it once per step: it measures the longest step."""
         now = time.monotonic()
         self._longest_step = max(self._longest_step, now - self._last)
         self._last = now
@@ -40,12 +41,12 @@ class StopRequest:
         return self._asked or (self._limit is not None and self._time_is_up(now))
 
     def saved(self, seconds: float) -> None:
-        """Take note of how long a checkpoint took."""
+        """Record how long a checkpoint took."""
         self._longest_save = max(self._longest_save or 0.0, seconds)
         self._last = time.monotonic()
 
     def _time_is_up(self, now: float) -> bool:
-        """Whether another step and a save of twice the longest would pass the limit."""
+        """Whether another step, then a save that takes twice the longest, would pass the limit."""
         save = self._limit * FIRST_SAVE_SHARE
         if self._longest_save is not None:
             save = 2 * self._longest_save

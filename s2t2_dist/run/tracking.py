@@ -1,14 +1,17 @@
 """Metrics: an append-only `metrics.jsonl`, and MLflow fed from it. The only importer of `mlflow`.
 
 The file is the source of truth and the spool: rank 0 appends one line per step. A daemon thread
-ships lines to MLflow and records how far it came, so a slow, hung or dead server never delays a
-step, and a resumed run goes on in the same MLflow run.
+sends the lines to MLflow and records the last one that arrived. A slow, hung or dead server
+therefore never delays a step, and a resumed run continues the same MLflow run.
 
-Every point arrives once. MLflow only appends, and a request without an answer may have been
-carried out. So the lines of a request are written down before it is sent; where its answer is
-missing, after a SIGKILL too, the server is asked which of their points it has, and gets the others
-exactly as they were (MLflow's database ignores a point that is the same to its timestamp, should
-the first request still be under way).
+Every point arrives exactly once, although MLflow only appends and a request without a response may
+or may not have been executed:
+
+- the lines of a request are written to `mlflow.json` before it is sent;
+- if a response is missing, even after a SIGKILL, the client asks which points arrived and sends
+  the rest unchanged;
+- if the first request is executed after that, its points are exact duplicates, timestamps
+  included, and MLflow's database ignores them.
 """
 
 import json
@@ -31,8 +34,8 @@ RETRY_SECONDS = 0.5
 CLOSE_SECONDS = 60.0
 BATCH_ITEMS = 1000  # MLflow's limit for one log_batch call
 PARAM_CHARACTERS = 6000  # MLflow's limit for one parameter value
-RUN_KEY = "s2t2.run_key"  # tag by which a run is found again that was made but not written down
-# MLflow's own retries would hold the thread up for minutes; it tries again itself.
+RUN_KEY = "s2t2.run_key"  # tag that finds an MLflow run whose id was never recorded
+# MLflow's own retries would block the thread for minutes; the thread retries itself.
 HTTP = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "15", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 _KEYS = ("stage", "stage_index", "step", "time")
 
@@ -47,7 +50,7 @@ class MetricsFile:
         self._file = self.path.open("ab")
 
     def append(self, stage: str, stage_index: int, step: int, values: dict[str, float]) -> None:
-        """Write one line and flush it to the operating system; JSON has no NaN: it is left out."""
+        """Write one line and flush it to the operating system. Non-finite values are left out."""
         finite = {key: value for key, value in values.items() if math.isfinite(value)}
         line = {"stage": stage, "stage_index": stage_index, "step": step, **finite}
         line["time"] = round(time.time(), 3)
@@ -60,16 +63,19 @@ class MetricsFile:
         return self._file.tell()
 
     def truncate(self, length: int) -> None:
-        """Forget the lines after a checkpoint: the resumed run writes them again.
+        """Remove the lines after a checkpoint: the resumed run writes them again.
+
+        Args:
+            length: bytes of the file at the checkpoint.
 
         Raises:
-            ArtifactError: the file is shorter than it was at the checkpoint.
+            ArtifactError: the file is shorter than that.
         """
         found = self._file.seek(0, os.SEEK_END)
         if found < length:
             raise ArtifactError(
                 f"{self.path} has {found} bytes, but had {length} when the checkpoint was written: "
-                "it was cut or replaced; bring it back, or start again in a new output_dir"
+                "it was truncated or replaced; restore it, or start again in a new output_dir"
             )
         self._file.truncate(length)
         self._file.seek(0, os.SEEK_END)
@@ -79,7 +85,7 @@ class MetricsFile:
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
-    """Every complete line of a run's `metrics.jsonl`; empty where there is none."""
+    """Every complete line of a run's `metrics.jsonl`; empty if there is no file."""
     path = run_dir / METRICS
     if not path.exists():
         return []
@@ -88,15 +94,20 @@ def read_metrics(run_dir: Path) -> list[dict]:
 
 
 class MLflowShipper:
-    """Ships `metrics.jsonl` to one MLflow run from a daemon thread.
+    """Sends `metrics.jsonl` to one MLflow run from a daemon thread.
 
-    `mlflow.json` in the run directory holds the tracking URI, the run id, the last
-    (stage index, step) that the server acknowledged (`shipped`), lines whose answer is missing
-    (`sending`), and the status of a run that was ended. A call that fails is made again; what a
-    job could not send, the next one in the same run directory sends, or `s2t2 track`.
+    `mlflow.json` in the run directory holds:
+
+    - the tracking URI and the run id;
+    - `shipped`: the last (stage index, step) that the server acknowledged;
+    - `sending`: lines whose response is missing;
+    - `status`: the status last set in MLflow.
+
+    A failed call is retried. Lines that a job could not send are sent by the next job in the same
+    run directory, or by `s2t2 track`.
 
     Args:
-        params: flat parameters, logged once when the MLflow run is made.
+        params: flat parameters, logged once when the MLflow run is created.
     """
 
     def __init__(self, run_dir: Path, tracking: TrackingConfig, params: dict[str, str]):
@@ -114,11 +125,11 @@ class MLflowShipper:
         self._thread.start()
 
     def close(self, status: str, seconds: float = CLOSE_SECONDS) -> bool:
-        """Ship what is left and end the MLflow run; returns whether the server has all of it.
+        """Send the remaining lines and end the MLflow run; returns whether all of it arrived.
 
         Args:
             status: FINISHED, KILLED or FAILED.
-            seconds: how long a server may take before it is left alone.
+            seconds: how long to try before giving up.
         """
         self._status = status
         self._deadline = time.monotonic() + seconds
@@ -126,7 +137,7 @@ class MLflowShipper:
         self._thread.join(seconds)
         if not self._ended:
             _log.warning(
-                "MLflow at %s did not take everything in %.0f s; `s2t2 track %s` sends the rest",
+                "MLflow at %s did not accept everything in %.0f s; `s2t2 track %s` sends the rest",
                 self.uri,
                 seconds,
                 self.run_dir,
@@ -135,11 +146,11 @@ class MLflowShipper:
 
     @property
     def alive(self) -> bool:
-        """Whether it may still send something."""
+        """Whether the thread may still send something."""
         return self._thread.is_alive()
 
     def _run(self) -> None:
-        """Ship until the run has ended; a streak of failures is logged once."""
+        """Send until the run has ended; consecutive failures are logged once."""
         connection, failing = None, False
         while time.monotonic() < self._deadline:
             ending = self._stop.wait(SHIP_SECONDS)
@@ -160,7 +171,7 @@ class MLflowShipper:
                     time.sleep(RETRY_SECONDS)
 
     def _connect(self) -> tuple:
-        """The client and the link, with the MLflow run made or running again."""
+        """The client and the contents of `mlflow.json`, with the MLflow run set to RUNNING."""
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
@@ -183,7 +194,7 @@ class MLflowShipper:
         return client, link
 
     def _make_run(self, client, run_key: str) -> str:
-        """Make the MLflow run, unless a request that got no answer has made it; returns its id."""
+        """The id of the MLflow run; creates it unless an unanswered request already did."""
         experiment = client.get_experiment_by_name(self.experiment)
         if experiment is None:
             experiment_id = client.create_experiment(self.experiment)
@@ -200,7 +211,7 @@ class MLflowShipper:
         write_json(self.run_dir / LINK, {**link, "status": self._status})
 
     def _ship(self, client, link: dict) -> None:
-        """Send the lines after `_offset`, which moves on when all of them are acknowledged."""
+        """Send the lines after `_offset`; advance it when all of them are acknowledged."""
         self._settle(client, link)
         lines, offset = self._new_lines()
         batch: list[dict] = []
@@ -217,7 +228,7 @@ class MLflowShipper:
         self._offset = offset
 
     def _new_lines(self) -> tuple[list[dict], int]:
-        """The complete lines that are not yet acknowledged, and the offset behind them."""
+        """The complete lines after `_offset`, and the offset of their end."""
         with (self.run_dir / METRICS).open("rb") as f:
             f.seek(self._offset)
             complete, newline, _ = f.read().rpartition(b"\n")
@@ -225,7 +236,7 @@ class MLflowShipper:
         return lines, self._offset + len(complete) + len(newline)
 
     def _send(self, client, link: dict, lines: list[dict]) -> None:
-        """Send lines in one request, written down before and struck off after it."""
+        """Send lines in one request, recorded in `sending` until the response arrives."""
         if not lines:
             return
         link["sending"] = lines
@@ -233,7 +244,7 @@ class MLflowShipper:
         self._log_points(client, link, had={})
 
     def _settle(self, client, link: dict) -> None:
-        """Make sure of a request whose answer is missing."""
+        """Send the points that did not arrive with a request whose response is missing."""
         if "sending" not in link:
             return
         keys = {point.key for line in link["sending"] for point in _points(line)}
@@ -244,7 +255,7 @@ class MLflowShipper:
         self._log_points(client, link, had)
 
     def _log_points(self, client, link: dict, had: dict[str, set[int]]) -> None:
-        """Send what is in `sending`, but for the steps that the server has of each key."""
+        """Send the points of `sending`, except the steps of each key that the server has."""
         points = [point for line in link["sending"] for point in _points(line)]
         missing = [point for point in points if point.step not in had.get(point.key, ())]
         if missing:

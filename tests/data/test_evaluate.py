@@ -99,7 +99,7 @@ def test_command_refuses_data_of_another_tokenizer(source_model, protein_data, c
 def test_command_refuses_a_folder_without_a_model(protein_tokenizer, protein_data, capsys):
     code = cli.run(["evaluate", str(protein_tokenizer), str(protein_data)])
     assert code == cli.USER_ERROR
-    assert "no Hugging Face model folder" in capsys.readouterr().err
+    assert "is not a Hugging Face model folder" in capsys.readouterr().err
 
 
 def test_document_mask_evaluates_each_document_by_itself(source_model, source_data):

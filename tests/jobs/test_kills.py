@@ -55,7 +55,7 @@ def _flip_a_byte(killer: Killer) -> None:
     recipe = folder / "recipe.yaml"
     assert launching.train(recipe, 2) == 0, launching.output(recipe)
     (line,) = [x for x in launching.output(recipe).splitlines() if "altered" in x]
-    assert f"resuming from {before.name}, since {state} was altered" in line
+    assert f"resuming from {before.name} because {state} was altered" in line
     assert launching.losses(folder / "run") == killer.reference
     assert json.loads((newest / "manifest.json").read_text())["step"] == STEPS
     assert Path(newest.with_name(f".damaged-{newest.name}")).exists()

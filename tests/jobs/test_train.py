@@ -259,7 +259,7 @@ def test_a_resume_with_a_changed_recipe_is_refused(uninterrupted):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model": {"model_name_or_path": "./nowhere"}}, "./nowhere is no Hugging Face folder"),
+        ({"model": {"model_name_or_path": "./nowhere"}}, "./nowhere is not a Hugging Face folder"),
         ({"data": {"path": "nodata"}}, "nodata"),
         ({"data": {"tokenizer": "model"}}, "the shards were made with the tokenizer"),
         ({"deepspeed": "own.json"}, "train_batch_size is set by the recipe"),

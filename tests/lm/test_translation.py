@@ -134,9 +134,9 @@ def test_refuses_an_unfinished_or_altered_translation(tmp_path):
         ({"format_version": 99}, "format 99, expected a translation of format 2"),
         ({"format_version": 1}, "format 1, expected"),
         ({"kind": "model"}, "is a model"),
-        ({"vocab_size": 10}, "not distinct ids below 10"),
+        ({"vocab_size": 10}, "expected one distinct id below 10"),
         ({"parts": 2}, "not readable"),
-        ({"plans": ["embed", "head"]}, "holds no 'embed.indptr'"),
+        ({"plans": ["embed", "head"]}, "lacks the tensor 'embed.indptr'"),
         ({"plans": ["head", "embed"]}, "holds the plans"),
     ],
 )

@@ -89,7 +89,7 @@ def test_weights_that_cannot_be_read_are_refused_by_evaluate(exported, protein_d
     path.write_bytes(path.read_bytes()[:-1])
     code = cli.run(["evaluate", str(exported), str(protein_data)])
     assert code == cli.USER_ERROR
-    assert f"{path} is cut or damaged" in capsys.readouterr().err
+    assert f"{path} is truncated or damaged" in capsys.readouterr().err
 
 
 def evaluate_bits(folder):
@@ -148,7 +148,7 @@ def test_a_size_that_is_none_is_refused_at_once(tmp_path, capsys, size):
     code = cli.run([*command, "--max-shard-size", size])
     assert code == cli.USER_ERROR
     message = capsys.readouterr().err
-    assert message.startswith(f"error: max_shard_size: {size!r} is no size")
+    assert message.startswith(f"error: max_shard_size: {size!r} is not a size")
     assert message.count("\n") == 1
     assert not (tmp_path / "out").exists()
 

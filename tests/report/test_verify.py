@@ -77,7 +77,7 @@ def test_duplicate_rows_of_untrained_tokens_are_told_but_pass(model):
     change_weights(model, lambda w: w[EMBED][300].copy_(w[EMBED][7]))
     checks = {check.name: check for check in verify_model(model, untrained=[7, 300])}
     assert checks["duplicate rows"].passed
-    assert "2 tokens never seen in training" in checks["duplicate rows"].found
+    assert "2 tokens that did not occur in training" in checks["duplicate rows"].found
     assert failures(model, untrained=[300]).keys() == {"duplicate rows"}
     artifacts.seal(model, {"kind": "model", UNTRAINED: [7, 300]})
     assert not failures(model)
@@ -131,7 +131,7 @@ def test_padding_that_is_the_end_token(model):
     change_json(model, "tokenizer_config.json", pad_token="<|endoftext|>")
     for name in ("config.json", "generation_config.json"):
         change_json(model, name, pad_token_id=0)
-    assert failures(model)["padding"] == "padding and end are both token 0"
+    assert failures(model)["padding"] == "padding and end of sequence are both token 0"
 
 
 def test_untied_weights_told_as_tied(model):
@@ -188,7 +188,7 @@ def test_damaged_weights_are_a_failure_not_a_crash(model):
 
 
 def test_no_model_at_all(tmp_path):
-    with pytest.raises(ArtifactError, match="no Hugging Face model folder"):
+    with pytest.raises(ArtifactError, match="is not a Hugging Face model folder"):
         verify_model(tmp_path)
 
 

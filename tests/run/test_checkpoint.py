@@ -57,7 +57,7 @@ def test_a_damaged_one_is_set_aside_for_the_one_before(tmp_path, damage, caplog)
     with caplog.at_level("WARNING"):
         assert checkpoint.find(tmp_path, Comm())[1].step == 1
     (line,) = caplog.messages
-    assert "resuming from translate-000001, since" in line and "translate-000002" in line
+    assert "resuming from translate-000001 because" in line and "translate-000002" in line
     # Retention counts what is good only: the next two saves leave themselves.
     for step in (3, 4):
         save(tmp_path, position(0, "translate", step), keep=2)
@@ -84,7 +84,7 @@ def test_asking_for_a_damaged_one_by_name_is_refused(tmp_path):
 
 def test_one_of_another_run_is_refused(tmp_path):
     save(tmp_path / "other", position(0, "translate", 1))
-    with pytest.raises(ArtifactError, match="is no checkpoint of"):
+    with pytest.raises(ArtifactError, match="is not a checkpoint of"):
         checkpoint.find(tmp_path / "run", Comm(), tmp_path / "other/checkpoints/translate-000001")
 
 

@@ -71,7 +71,7 @@ def test_inputs_are_known_by_what_they_hold(source_model, protein_data, source_d
 
 def test_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(ArtifactError, match="is no run directory"):
+    with pytest.raises(ArtifactError, match="is not a run directory"):
         start(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

@@ -228,7 +228,7 @@ def test_track_sends_what_is_left(server, source_model, protein_data, tmp_path, 
         assert run(["track", str(run_dir)]) == 2
     assert "is in use by process" in capsys.readouterr().err
     assert run(["track", str(tmp_path)]) == 2
-    assert "is no run directory" in capsys.readouterr().err
+    assert "is not a run directory" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -108,9 +108,9 @@ def test_good_inputs_pass(source_model, sharded, protein_data, source_data):
     [
         ({"hiden_size": 192}, r"model\.config\.hiden_size: .*did you mean hidden_size\?"),
         ({"qqqq": 1}, r"model\.config\.qqqq: .*see the documentation"),
-        ({"hidden_size": "abc"}, "model.config makes no olmo model: .*hidden_size"),
-        ({"hidden_size": -8}, "model.config makes no olmo model"),
-        ({"hidden_act": "sillu"}, "model.config makes no olmo model: .*sillu"),
+        ({"hidden_size": "abc"}, "model.config is not a valid olmo config: .*hidden_size"),
+        ({"hidden_size": -8}, "model.config is not a valid olmo config"),
+        ({"hidden_act": "sillu"}, "model.config is not a valid olmo config: .*sillu"),
         ({"model_type": "olmoo"}, r"model\.model_type: .*olmoo; did you mean olmo\?"),
         ({"model_type": "vit"}, r"model\.model_type: .*vit"),
         ({"max_position_embeddings": CONTEXT - 1}, "32 tokens.*max_position_embeddings is 31"),
@@ -141,10 +141,10 @@ def test_damaged_weight_files_are_named(sharded, source_data, stage):
     path = sorted(sharded.glob("*.safetensors"))[1]
     content = path.read_bytes()
     path.write_bytes(content[:-1])
-    with pytest.raises(ArtifactError, match=f"{path.name} is cut or damaged"):
+    with pytest.raises(ArtifactError, match=f"{path.name} is truncated or damaged"):
         check(sharded, source_data, stage)
     path.write_bytes(b"version https://git-lfs")
-    with pytest.raises(ArtifactError, match=f"{path.name} is cut or damaged"):
+    with pytest.raises(ArtifactError, match=f"{path.name} is truncated or damaged"):
         check(sharded, source_data, stage)
     path.unlink()
     with pytest.raises(ArtifactError, match=f"{path.name} is missing"):
@@ -157,7 +157,7 @@ def test_damaged_weight_files_are_named(sharded, source_data, stage):
 def test_a_single_cut_file_is_named(folder, protein_data):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ArtifactError, match=r"model\.safetensors is cut or damaged"):
+    with pytest.raises(ArtifactError, match=r"model\.safetensors is truncated or damaged"):
         check(folder, protein_data)
 
 
@@ -166,8 +166,8 @@ def test_a_single_cut_file_is_named(folder, protein_data):
     [
         ("model.safetensors.index.json", "{", r"index\.json is not valid JSON"),
         ("model.safetensors.index.json", "{}", "has no weight_map"),
-        ("config.json", "{", r"config\.json makes no causal LM"),
-        ("config.json", '{"model_type": "vit"}', r"config\.json makes no causal LM"),
+        ("config.json", "{", r"config\.json does not describe a causal LM"),
+        ("config.json", '{"model_type": "vit"}', r"config\.json does not describe a causal LM"),
     ],
 )
 def test_a_broken_json_of_the_model_is_named(folder, protein_data, name, text, message):
