@@ -17,8 +17,8 @@ from s2t2_dist.errors import ConfigError, DataError
 from s2t2_dist.ot.dual import Dual
 from s2t2_dist.ot.dykstra import Dykstra
 from s2t2_dist.ot.entropic import Entropic
-from s2t2_dist.ot.products import plan_sums
 from s2t2_dist.ot.simplex import NOT_FINITE, is_finite
+from s2t2_dist.ot.sums import PlanSums
 from s2t2_dist.ot.tiles import new_matrix
 
 METHODS = ("dykstra", "dual", "dense")
@@ -143,43 +143,6 @@ def solve(
         options = {"tolerance": tolerance, "start": start, "backend": backend}
         return Dual(*problem, iterations=iterations, **options)
     return Dykstra(*problem, iterations=iterations, start=start, backend=backend)
-
-
-class PlanSums:
-    """Collects, tile by tile, how a plan keeps its marginals and how sparse it is.
-
-    Sums are float64.
-    """
-
-    def __init__(self, mu_V: torch.Tensor, nu_U: torch.Tensor):
-        self.mu, self.nu = mu_V, nu_U
-        self.col_sums = torch.zeros_like(nu_U)
-        self.row_error, self.support, self.log_sum = torch.zeros(3, 1).to(nu_U)
-
-    def add(self, rows: slice, plan_hU: torch.Tensor) -> int:
-        """Count a tile in (a row at least); returns how many of its entries are not zero."""
-        mu = self.mu[rows]
-        row_sums, col_sums, support = plan_sums(plan_hU)
-        self.col_sums += col_sums
-        self.row_error = torch.maximum(self.row_error, ((row_sums - mu).abs() / mu).max())
-        self.support += support
-        return int(support)
-
-    def add_entropy(self, plan_hU: torch.Tensor, mass: float) -> None:
-        """Add a tile's sum of p log p, p = P / mass; entries of a plain P below 0 count as 0."""
-        p = plan_hU.clamp_min(0).div_(mass)
-        # Where p is 0 any number does for its logarithm; that of 0 itself is slow.
-        self.log_sum += p.clamp_min(torch.finfo(p.dtype).tiny).log_().mul_(p).sum()
-
-    def reduce(self, comm: Comm) -> tuple[float, float, float, float]:
-        """row_error, col_error, support and the sum of p log p, over all ranks (one collective)."""
-        row_errors = torch.zeros(comm.size, dtype=torch.float64, device=self.nu.device)
-        row_errors[comm.rank] = self.row_error
-        sums = comm.sum_(torch.cat((self.col_sums, self.support, self.log_sum, row_errors)))
-        U = len(self.nu)
-        col_error = ((sums[:U] - self.nu).abs() / self.nu).max().item()
-        support, log_sum = sums[U : U + 2].tolist()
-        return sums[U + 2 :].max().item(), col_error, support, log_sum
 
 
 def check_method(method: str, iterations: int, tolerance: float | None) -> None:

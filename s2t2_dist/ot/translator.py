@@ -12,8 +12,8 @@ import torch
 
 from s2t2_dist.comm import Comm
 from s2t2_dist.errors import ConfigError
-from s2t2_dist.ot.sinkhorn import check_marginals
-from s2t2_dist.ot.transport import Solved, Transport
+from s2t2_dist.ot.sinkhorn import Solution, check_marginals
+from s2t2_dist.ot.transport import Transport
 
 METHODS = ("dykstra", "dual", "dense", "plain")
 
@@ -32,13 +32,13 @@ class Translated:
     Attributes:
         embed_UD, head_UD: float32 leaf tensors, the same on every rank.
         entropy: H(P) = -sum P log P in nats, with P of total mass 1; of separate plans, the sum.
-        solved: what each transport needs for its backward.
+        solutions: of each transport, for its backward.
     """
 
     embed_UD: torch.Tensor
     head_UD: torch.Tensor
     entropy: float
-    solved: list[Solved]
+    solutions: list[Solution]
 
 
 class Translator:
@@ -129,13 +129,13 @@ class Translator:
             DataError: on every rank, when C is not finite.
         """
         transports = list(self.transports.values())
-        found, solved = zip(*(transport.translate() for transport in transports), strict=True)
+        found, solutions = zip(*(transport.translate() for transport in transports), strict=True)
         D = self.width
         return Translated(
             embed_UD=(found[0][:, :D] * self._embed_out).requires_grad_(),
             head_UD=(found[-1][:, -D:] * self._head_out).requires_grad_(),
             entropy=sum(transport.statistics["entropy"] for transport in transports),
-            solved=list(solved),
+            solutions=list(solutions),
         )
 
     def backward(self, translated: Translated, entropy_weight: float = 0.0) -> None:
@@ -154,8 +154,10 @@ class Translator:
             grads = [embed_grad_UD.add_(head_grad_UD)]
         else:
             grads = [torch.cat((embed_grad_UD, head_grad_UD), 1)]
-        for transport, solved, grad_UK in zip(transports, translated.solved, grads, strict=True):
-            transport.backward(solved, self.comm.sum_(grad_UK), entropy_weight)
+        for transport, solution, grad_UK in zip(
+            transports, translated.solutions, grads, strict=True
+        ):
+            transport.backward(solution, self.comm.sum_(grad_UK), entropy_weight)
 
     def clip_grad_norm(self, max_norm: float) -> float:
         """The norm of all `cost.grad` over all ranks; they are scaled down to max_norm above it.

@@ -6,29 +6,16 @@ place of dloss/dC. Beside C that gradient is all that a step keeps of size V x U
 Shapes: V source rows of this rank, h of a tile, U target tokens, K columns of what is translated.
 """
 
-from dataclasses import dataclass
+import warnings
 
 import torch
 
 from s2t2_dist.comm import Comm
-from s2t2_dist.ot.products import add_product, is_sparse, product_grad, to_csr
-from s2t2_dist.ot.sinkhorn import PlanSums, Solution, Thresholds, check_cost, solve
+from s2t2_dist.ot.sinkhorn import Solution, Thresholds, check_cost, solve
+from s2t2_dist.ot.sums import PlanSums
 from s2t2_dist.ot.tiles import new_matrix, tiles
 
 LEAST_ROWS = 256  # of a tile in a product: shorter ones would go over the total too often
-
-
-@dataclass(frozen=True, eq=False)
-class Solved:
-    """What `backward` needs of one `translate`.
-
-    Attributes:
-        solution: the solve.
-        sparse: for each tile, whether its products are sparse.
-    """
-
-    solution: Solution
-    sparse: list[bool]
 
 
 class Transport:
@@ -75,7 +62,7 @@ class Transport:
         self.statistics: dict[str, float] = {}
 
     @torch.no_grad()
-    def translate(self) -> tuple[torch.Tensor, Solved]:
+    def translate(self) -> tuple[torch.Tensor, Solution]:
         """Solve, and return Y = P^T X (U, K), the same on every rank; renews the statistics.
 
         Raises:
@@ -84,31 +71,26 @@ class Transport:
         solution = self._solve()
         sums = PlanSums(self.mu, self.nu)
         translated_UK = self.values.new_zeros(len(self.nu), self.values.shape[1])
-        sparse = []
-        for rows in self._tiles():
+        for rows in tiles(self.cost, LEAST_ROWS):
             plan = solution.plan(rows)
-            support = sums.add(rows, plan)
-            if self.method == "plain":
-                support = plan.numel()  # an entry of 0 has a derivative too
-            values = self.values[rows]
-            sparse.append(is_sparse(plan, support, values))
-            add_product(translated_UK, plan, values, sparse[-1])
+            sums.add(rows, plan)
+            translated_UK.addmm_(plan.T, self.values[rows])
             sums.add_entropy(plan, self.mass)
         self._measure(sums)
-        return self.comm.sum_(translated_UK), Solved(solution, sparse)
+        return self.comm.sum_(translated_UK), solution
 
     @torch.no_grad()
-    def backward(self, solved: Solved, grad_UK: torch.Tensor, entropy_weight: float) -> None:
+    def backward(self, solution: Solution, grad_UK: torch.Tensor, entropy_weight: float) -> None:
         """Set `cost.grad` from dloss/dY, the same on every rank; adds alpha * H(P) to the loss."""
         grad_VU = new_matrix(self.cost)
-        for rows, sparse in zip(self._tiles(), solved.sparse, strict=True):
-            plan = solved.solution.plan(rows) if sparse or entropy_weight else None
-            product_grad(grad_VU[rows], self.values[rows], grad_UK, plan if sparse else None)
+        for rows in tiles(self.cost, LEAST_ROWS):
+            torch.mm(self.values[rows], grad_UK.T, out=grad_VU[rows])
             if entropy_weight:
+                plan = solution.plan(rows)
                 grad_VU[rows] += _entropy_grad(plan, self.mass).mul_(entropy_weight)
-        solved.solution.backward(grad_VU, grad_VU)
+        solution.backward(grad_VU, grad_VU)
         self.cost.grad = grad_VU
-        self.start = solved.solution.state
+        self.start = solution.state
 
     @torch.no_grad()
     def squared_grad_norm(self) -> float:
@@ -127,9 +109,6 @@ class Transport:
         """This rank's rows of P for the present C, total mass 1 over all ranks: CSR tiles."""
         solution = self._solve()
         return [to_csr(solution.plan(rows) / self.mass) for rows in tiles(self.cost)]
-
-    def _tiles(self):
-        return tiles(self.cost, LEAST_ROWS)
 
     def _solve(self):
         if self.method == "plain":
@@ -169,3 +148,10 @@ def _entropy_grad(plan_hU: torch.Tensor, mass: float) -> torch.Tensor:
     """dH/dP; 0 where P is not positive, since such entries stay out of the support."""
     log = (plan_hU / mass).log_().add_(1)
     return torch.where(plan_hU > 0, log / -mass, 0.0)
+
+
+def to_csr(matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix in CSR, without torch's notice that its CSR tensors are new."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return matrix.to_sparse_csr()

@@ -8,7 +8,7 @@ import torch
 from s2t2_dist.errors import DataError, S2T2Error
 from s2t2_dist.lm.translation import save_translation
 from s2t2_dist.ot import Translator, row_range, sparse_sinkhorn
-from s2t2_dist.ot.products import to_csr
+from s2t2_dist.ot.transport import to_csr
 
 SPREADS = {"narrow": 0.1, "random": 1.0, "wide": 10.0}  # in row masses
 

@@ -9,12 +9,12 @@ import torch
 
 from s2t2_dist.comm import Comm
 from s2t2_dist.errors import ConfigError
-from s2t2_dist.ot import products
 from s2t2_dist.ot.dual import Dual
 from s2t2_dist.ot.dykstra import Dykstra
 from s2t2_dist.ot.native import library
 from s2t2_dist.ot.native.passes import NativePasses
 from s2t2_dist.ot.passes import TorchPasses
+from s2t2_dist.ot.sums import tile_sums
 from tests.ot.problems import make_cost, make_marginals
 
 
@@ -110,7 +110,7 @@ def test_the_number_of_threads_changes_no_bit(solver):
             if solver is Dykstra:  # the gradient of the dual is a linear system, solved in torch
                 solution.backward(grad, grad)
             plan = solution.plan(slice(0, V))
-            sums = products.plan_sums(plan)
+            sums = tile_sums(plan)
             plans.append(torch.cat([t.double().flatten() for t in (plan, grad, *sums)]))
     finally:
         torch.set_num_threads(threads)
@@ -132,23 +132,8 @@ def test_a_cost_that_is_not_contiguous():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sums_over_a_plan_equal_torchs(monkeypatch, shape, dtype):
     plan = torch.randn(shape, generator=torch.manual_seed(0)).relu().to(dtype)
-    found = products.plan_sums(plan)
+    found = tile_sums(plan)
     monkeypatch.setattr(library, "can_call", lambda *_: False)
-    for one, other in zip(found, products.plan_sums(plan), strict=True):
+    for one, other in zip(found, tile_sums(plan), strict=True):
         # float32 sums of at most 700 numbers of about 1
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-5)
-
-
-@pytest.mark.parametrize("width", [1, 255, 256, 1000])
-def test_sparse_products_equal_dense_ones(width):
-    random = torch.manual_seed(0)
-    plan = torch.randn(50, 30, generator=random, dtype=torch.float64).sub_(1).relu_()
-    plan[7] = 0
-    values, grad = (torch.randn(n, width, generator=random).double() for n in (50, 30))
-    total = torch.ones(30, width, dtype=torch.float64)
-    products.add_product(total, plan, values, sparse=True)
-    torch.testing.assert_close(total, 1 + plan.T @ values, rtol=1e-12, atol=1e-12)
-    out = torch.full_like(plan, torch.nan)
-    products.product_grad(out, values, grad, plan)
-    expected = torch.where(plan != 0, values @ grad.T, 0)
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)

@@ -5,7 +5,7 @@ import torch
 
 from s2t2_dist.comm import Comm
 from s2t2_dist.errors import ConfigError
-from s2t2_dist.ot import Translator, products, row_range
+from s2t2_dist.ot import Translator, row_range
 from tests.jobs.distributed import run_ranks
 from tests.ot import oracles
 from tests.ot.problems import leaf_loss, translate_rows, translator_inputs
@@ -243,33 +243,6 @@ def test_dual_translates_by_the_limit_of_dykstra():
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * one.abs().max().item())
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.1])
-def test_sparse_products_equal_dense_ones(monkeypatch, alpha):
-    """A plan of few entries: both products go through its support, and give the same numbers.
-
-    Dykstra's plans after three iterations are not that sparse: a part of their columns stays full.
-    """
-    random = torch.manual_seed(0)
-    embed = torch.randn(600, 64, generator=random)
-    mu, nu = torch.full((600,), 1 / 600), torch.full((128,), 1 / 128)
-    found = []
-    for limit in (0.04, 0.0):
-        monkeypatch.setattr(products, "SPARSE_BELOW", limit)
-        options = {"method": "dual", "iterations": 999, "tolerance": 1e-3}
-        translator = Translator(embed, embed, mu, nu, **options)
-        translator.costs[0].data += 50 * torch.randn(600, 128, generator=torch.manual_seed(1))
-        translated = translator.translate()
-        is_sparse = translated.solved[0].sparse
-        assert is_sparse == [limit > 0] * len(is_sparse)
-        assert translator.statistics()["support_share"] < 0.04
-        leaf_loss(translated.embed_UD, translated.head_UD, 0).backward()
-        translator.backward(translated, alpha)
-        found.append((translated.embed_UD.detach(), translator.costs[0].grad))
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * one.abs().max().item())
-    assert found[0][1].any()
-
-
 def test_a_row_of_the_gradient_adds_up_to_zero():
     """P does not depend on row constants of C, so none is ever learned."""
     embed, head, mu, nu, step = translator_inputs()
@@ -295,7 +268,7 @@ def test_the_next_step_starts_from_the_last_ones_thresholds_and_evaluation_does_
     translated = translator.translate()
     translator.backward(translated)
     start = transport.start
-    assert torch.equal(start[1], translated.solved[0].solution.state[1])
+    assert torch.equal(start[1], translated.solutions[0].state[1])
     translator.costs[0].data += 0.01 * step
     warm = translator.translate().embed_UD
     assert transport.start is start
