@@ -1,4 +1,4 @@
-// Sums over a tile of a plan, of sums.py.
+// The sums over a tile of a plan, of sums.py.
 
 #pragma once
 
