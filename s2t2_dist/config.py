@@ -18,7 +18,7 @@ Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-# What the ways to learn P are called in tables and on model cards.
+# The ways to learn P, those of `ot.make_solver`, and what tables and model cards call them.
 METHODS = {
     "dykstra": "S2T2",
     "dual": "S2T2 (dual)",
@@ -138,7 +138,7 @@ class Translate(Stage):
     learning_rate: NotNegative = Field(
         1e-3, description="in the units of C: a share of a row's mass where units is row_mass"
     )
-    method: Literal["dykstra", "dual", "dense", "plain"] = Field(
+    method: Literal[tuple(METHODS)] = Field(
         "dykstra",
         description="S2T2 in n iterations; S2T2 to a tolerance; entropic Sinkhorn (softmax); no "
         "constraint",

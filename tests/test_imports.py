@@ -18,7 +18,7 @@ FLOORS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # What a room may use of the ground floor, where that is less than all of it.
-GROUND = {"ot": {"comm", "compiled", "errors"}}
+GROUND = {"ot": {"comm", "compiled"}}
 DATA_PREP = {"errors", "artifacts", "compiled", "data"}
 ONE_HOME = {
     "deepspeed": "s2t2_dist/lm/engine.py",

@@ -28,6 +28,7 @@ from s2t2_dist.data.shards import tokenizer_sha256
 from s2t2_dist.errors import ArtifactError, DataError, S2T2Error
 from s2t2_dist.lm.folder import fold
 from s2t2_dist.lm.result import special_ids
+from s2t2_dist.ot import weight_factors
 
 FORMAT_VERSION = 2
 PLANS = (["plan"], ["embed", "head"])  # plan names: one shared plan, or separate plans
@@ -73,17 +74,17 @@ class Translation:
 
     def embed(self, embed_VD: torch.Tensor) -> torch.Tensor:
         """E' (U, D) float32 of any model with the source vocabulary."""
-        rows = self._rows(embed_VD, "embedding")
-        if self.embed_scale == "convex":
-            return self._average(self.embed_plan, rows)
-        return torch.sparse.mm(self.embed_plan.T, rows / self.source_marginal.float()[:, None])
+        return self._translated("embed", self.embed_plan, self._rows(embed_VD, "embedding"))
 
     def head(self, head_VD: torch.Tensor) -> torch.Tensor:
         """L' (U, D) float32: convex combinations of the rows of L."""
-        return self._average(self.head_plan, self._rows(head_VD, "LM head"))
+        return self._translated("head", self.head_plan, self._rows(head_VD, "LM head"))
 
-    def _average(self, plan: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return torch.sparse.mm(plan.T, rows) / self.target_marginal.float()[:, None]
+    def _translated(self, weight: str, plan: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """E' or L'; the rows, a copy, are used up."""
+        marginals = self.source_marginal, self.target_marginal
+        before, after = weight_factors(weight, self.embed_scale, *marginals)
+        return torch.sparse.mm(plan.T, rows.mul_(before)).mul_(after)
 
     def _rows(self, weight_VD: torch.Tensor, name: str) -> torch.Tensor:
         needed = int(self.source_token_ids.max()) + 1

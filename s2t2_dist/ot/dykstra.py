@@ -7,74 +7,76 @@ With Z_0 = C and W_{-1} = sigma_{-1} = 0, for k = 0..n-1:
     sigma_k:  column sums of max(W_k - sigma_k, 0) are nu
     Z_{k+1} = max(W_k - sigma_k, 0) + min(Z_k, tau_k)
 
-and the plan is max(W_{n-1} - sigma_{n-1}, 0). The second terms are Dykstra's corrections Q and P.
+and the plan is max(W_{n-1} - sigma_{n-1}, 0). The second terms are Dykstra's corrections Q and P;
+tau_k and sigma_k are `row_threshold[k]` and `col_threshold[k]`.
 Every entry of every iterate is a function of its own C and of the thresholds of its row and column:
 n (V + U) numbers hold a solve, and each pass computes the iterates that it needs from C again. So
 the work grows with the square of n; past a few iterations `dual` is the better choice.
 
-Shapes: V rows of this rank, U columns; in a pass, V is the height of a tile.
+Shapes: V rows of this rank, U columns.
 """
+
+from dataclasses import dataclass
 
 import torch
 
-from s2t2_dist.comm import Comm
-from s2t2_dist.errors import ConfigError
+from s2t2_dist.ot.dykstra_passes import DykstraPasses, State
 from s2t2_dist.ot.native import library
-from s2t2_dist.ot.native.passes import MOST_ITERATIONS, NativePasses
-from s2t2_dist.ot.passes import State, TorchPasses
+from s2t2_dist.ot.native.passes import MOST_ITERATIONS, NativeDykstra
+from s2t2_dist.ot.problem import Problem, Thresholds, check_iterations
 from s2t2_dist.ot.simplex import NewtonSearch
-from s2t2_dist.ot.tiles import FUSED
-
-BACKENDS = ("auto", "native", "compile", "eager")
+from s2t2_dist.ot.tiles import FUSED, check_backend
 
 
+@dataclass(frozen=True)
 class Dykstra:
-    """A solve of n iterations. One class for one rank and for many.
+    """The method `dykstra`: n iterations, for one rank and for many.
 
     Communication: per iteration one sum of three U-vectors and, per further Newton step, one of
-    two vectors over the columns that still move; in `backward`, one U-vector sum per iteration.
+    two vectors over the columns that still move.
 
     Args:
-        cost_VU: this rank's rows of C, finite, float32 or float64.
-        mu_V, nu_U: positive marginals, float64, on C's device.
-        comm: the ranks that share the rows.
-        iterations: n, at least 1.
-        start: the `state` of a former solve of as many iterations; its thresholds are the first
-            guesses.
+        iterations: n, at least 1; the paper takes 3.
         backend: "native" (a CPU with a C++ compiler, at most 4 iterations), "compile"
             (torch.compile), "eager", or "auto": native or eager on a CPU, compile or eager on
             other devices.
     """
 
-    def __init__(
-        self,
-        cost_VU: torch.Tensor,
-        mu_V: torch.Tensor,
-        nu_U: torch.Tensor,
-        comm: Comm,
-        *,
-        iterations: int,
-        start: tuple[torch.Tensor, torch.Tensor] | None = None,
-        backend: str = "auto",
-    ):
-        V, U = cost_VU.shape
-        self.comm, self.nu = comm, nu_U
-        self._found = State(
-            cost=cost_VU,
-            shift=cost_VU.new_empty(V),
-            tau=cost_VU.new_empty(iterations, V),
-            sigma=cost_VU.new_empty(iterations, U),
-            row_count=mu_V.new_empty(iterations, V),
-            col_count=nu_U.new_empty(iterations, U),
-        )
-        self.passes = make_passes(self._found, backend)
-        for k in range(iterations):
-            self._iterate(k, mu_V, *self._guesses(k, start))
+    iterations: int = 3
+    backend: str = "auto"
+
+    def __post_init__(self):
+        check_iterations(self.iterations)
+        check_backend(self.backend)
+
+    def solve(self, problem: Problem, start: Thresholds | None = None) -> "DykstraSolution":
+        """See `Solver`.
+
+        Raises:
+            ValueError: the backend native cannot do this.
+        """
+        passes = make_passes(State.empty(problem.cost_VU, self.iterations), self.backend)
+        for k in range(self.iterations):
+            _iterate(k, problem, passes, start)
+        return DykstraSolution(problem, passes)
+
+
+class DykstraSolution:
+    """The thresholds of n iterations, the plan and the gradient that they give."""
+
+    converged = None
+
+    def __init__(self, problem: Problem, passes: DykstraPasses | NativeDykstra):
+        self.problem, self.passes = problem, passes
 
     @property
-    def state(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """tau (n, V) and sigma (n, U) of C less each row's maximum: where another may `start`."""
-        return self._found.tau, self._found.sigma
+    def iterations(self) -> int:
+        return len(self.passes.state.row_threshold)
+
+    @property
+    def state(self) -> Thresholds:
+        """Those of C less each row's maximum: (n, V) and (n, U)."""
+        return Thresholds(self.passes.state.row_threshold, self.passes.state.col_threshold)
 
     def plan(self, rows: slice) -> torch.Tensor:
         """The plan of a block of this rank's rows, (h, U)."""
@@ -83,54 +85,60 @@ class Dykstra:
     def backward(self, grad_VU: torch.Tensor, out_VU: torch.Tensor) -> None:
         """Write dloss/dC over out_VU, from dloss/dP: the projections' Jacobians in reverse.
 
-        Both may be one tensor.
+        Both may be one tensor. Communication: one U-vector sum per iteration.
 
         For k = n-1..0, with gP = gQ = 0 at first and J h = h - mean over the support, 0 off it:
         gW = J_column(gX - gQ) + gQ;  gZ = J_row(gW - gP) + gP;  then gX = gP = gZ and gQ = gW.
         Each sweep over the rows undoes one row projection and sums for the column's after it.
         """
-        found = self._found
-        iterations = len(found.tau)
-        col_mean, row_mean = torch.empty_like(found.sigma), torch.empty_like(found.tau)
-        for known in range(iterations):
-            sums = self.comm.sum_(self.passes.backward(grad_VU, out_VU, col_mean, row_mean, known))
-            col_mean[known] = sums / found.col_count[iterations - 1 - known]
-        self.passes.backward(grad_VU, out_VU, col_mean, row_mean, iterations)
-
-    def _guesses(self, k, start):
-        """Where the searches of iteration k begin."""
-        if start is not None:
-            return start[0][k], start[1][k]
-        if k:
-            return self._found.tau[k - 1], self._found.sigma[k - 1]
-        # W_0 is not negative, and its column sums are those of a plan: 0 is near the threshold.
-        return -torch.inf, torch.zeros_like(self._found.sigma[0])
-
-    def _iterate(self, k, mu, row_guess, col_guess):
-        """tau_k and sigma_k. The first step of the columns shares the rows' sweep."""
-        self._found.tau[k] = row_guess
-        sums = self.passes.search(k, mu, col_guess)
-        reduced = self.comm.sum_(torch.cat((sums.flatten(), sums.new_tensor([len(mu)]))))
-        count, excess, total = reduced[:-1].view_as(sums)
-        # Left of every threshold, even where a float32 sum is a little off: with all of its entries
-        # in the support, a column's would be (total - nu) / rows.
-        floor = (total - 1e-3 * total.abs() - 2 * self.nu) / reduced[-1]
-        search = NewtonSearch(None, self.nu, col_guess, floor.to(col_guess.dtype))
-        moving = search.update(count, excess)
-        while len(moving):
-            sums = self.passes.column_sums(k, search.threshold, moving)
-            moving = search.update(*self.comm.sum_(sums))
-        self._found.sigma[k], self._found.col_count[k] = search.threshold, search.count
+        state, n = self.passes.state, self.iterations
+        row_mean, col_mean = map(torch.empty_like, self.state)
+        for known in range(n):
+            sums = self.passes.backward(grad_VU, out_VU, col_mean, row_mean, known)
+            sums = self.problem.comm.sum_(sums)
+            col_mean[known] = sums / state.col_count[n - 1 - known]
+        self.passes.backward(grad_VU, out_VU, col_mean, row_mean, n)
 
 
-def make_passes(state: State, backend: str) -> TorchPasses | NativePasses:
+def make_passes(state: State, backend: str) -> DykstraPasses | NativeDykstra:
     """How the rows are swept: the one place that looks at the device."""
-    fits = state.cost.is_cpu and len(state.tau) <= MOST_ITERATIONS
+    n, device = len(state.row_threshold), state.cost.device
+    fits = device.type == "cpu" and n <= MOST_ITERATIONS
     if backend == "native" and not fits:
-        raise ConfigError(
+        raise ValueError(
             f"the backend native takes a CPU and at most {MOST_ITERATIONS} iterations, found "
-            f"{state.cost.device} and {len(state.tau)}; take auto"
+            f"{device} and {n}; take auto"
         )
     if backend == "native" or (backend == "auto" and fits and library.can_call(state.cost.new())):
-        return NativePasses(state)
-    return TorchPasses(state, fused=FUSED.get(backend))
+        return NativeDykstra(state)
+    return DykstraPasses(state, fused=FUSED.get(backend))
+
+
+def _iterate(
+    k: int, problem: Problem, passes: DykstraPasses | NativeDykstra, start: Thresholds | None
+) -> None:
+    """Find the thresholds of iteration k. The columns' first step shares the rows' sweep."""
+    state, mu, nu = passes.state, problem.mu_V, problem.nu_U
+    state.row_threshold[k], col_guess = _guesses(k, state, start)
+    sums = passes.search(k, mu, col_guess)
+    reduced = problem.comm.sum_(torch.cat((sums.flatten(), sums.new_tensor([len(mu)]))))
+    count, excess, total = reduced[:-1].view_as(sums)
+    # Left of every threshold, even where a float32 sum is a little off: with all of its entries
+    # in the support, a column's would be (total - nu) / rows.
+    floor = (total - 1e-3 * total.abs() - 2 * nu) / reduced[-1]
+    search = NewtonSearch(None, nu, col_guess, floor.to(col_guess.dtype))
+    moving = search.update(count, excess)
+    while len(moving):
+        sums = passes.column_sums(k, search.threshold, moving)
+        moving = search.update(*problem.comm.sum_(sums))
+    state.col_threshold[k], state.col_count[k] = search.threshold, search.count
+
+
+def _guesses(k, state, start):
+    """Where the searches of iteration k begin."""
+    if start is not None:
+        return start.row_threshold[k], start.col_threshold[k]
+    if k:
+        return state.row_threshold[k - 1], state.col_threshold[k - 1]
+    # W_0 is not negative, and its column sums are those of a plan: 0 is near the threshold.
+    return -torch.inf, torch.zeros_like(state.col_threshold[0])

@@ -11,9 +11,8 @@ import math
 import torch
 from torch.autograd.function import once_differentiable
 
-from s2t2_dist.errors import DataError
-
-NOT_FINITE = "holds NaN or infinite entries, or differences of them that overflow"  # see is_finite
+# Of what `is_finite` denies.
+NOT_FINITE = "holds NaN or infinite entries, or differences of them that overflow"
 
 
 def project_simplex(
@@ -34,29 +33,19 @@ def project_simplex(
         threshold (z's shape without `dim`) and projection (z's shape).
 
     Raises:
-        DataError: z is not finite or not float32/float64, or a scale is not positive.
+        ValueError: z is not finite or not float32/float64, or a scale is not positive.
     """
-    check_entries(z, "z")
+    check_dtype(z, "z")
+    if not is_finite(z):
+        raise ValueError(f"z {NOT_FINITE}")
     lanes = z.movedim(dim, -1)
     if lanes.shape[-1] == 0:
-        raise DataError(f"z has no entry along dimension {dim}: nothing can sum to the scale")
+        raise ValueError(f"z has no entry along dimension {dim}: nothing can sum to the scale")
     scale = torch.as_tensor(scale, dtype=torch.float64, device=z.device)
     if not bool(((scale > 0) & (scale < math.inf)).all()):
-        raise DataError("scale must be positive and finite everywhere")
+        raise ValueError("scale must be positive and finite everywhere")
     threshold, projection = _Projection.apply(lanes, scale.expand(lanes.shape[:-1]))
     return threshold, projection.movedim(-1, dim)
-
-
-def sort_threshold(z: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
-    """The threshold along the last dimension by sorting (paper, Algorithm 2, as printed).
-
-    A reference: slower than `project_simplex`, with ordinary autograd.
-    """
-    ordered = z.sort(dim=-1, descending=True).values
-    sums = ordered.cumsum(-1) - torch.as_tensor(scale, dtype=z.dtype, device=z.device)[..., None]
-    ranks = torch.arange(1, z.shape[-1] + 1, dtype=z.dtype, device=z.device)
-    count = (ranks * ordered > sums).sum(-1, keepdim=True)
-    return (sums.gather(-1, count - 1) / count).squeeze(-1)
 
 
 class NewtonSearch:
@@ -132,12 +121,10 @@ def below(top: torch.Tensor) -> torch.Tensor:
     return torch.nextafter(top, torch.full_like(top, -math.inf))
 
 
-def check_entries(z: torch.Tensor, name: str) -> None:
-    """Raise a DataError unless z is finite and float32 or float64."""
+def check_dtype(z: torch.Tensor, name: str) -> None:
+    """Raise a ValueError unless z is float32 or float64."""
     if z.dtype not in (torch.float32, torch.float64):
-        raise DataError(f"{name} is {z.dtype}; thresholds need float32 or float64")
-    if not is_finite(z):
-        raise DataError(f"{name} {NOT_FINITE}")
+        raise ValueError(f"{name} is {z.dtype}; thresholds need float32 or float64")
 
 
 def is_finite(z: torch.Tensor) -> bool:

@@ -1,42 +1,24 @@
-"""Sinkhorn solvers: from a cost matrix to a plan with given row and column sums.
+"""Sinkhorn: from a cost matrix to a plan with given row and column sums.
 
 V rows (source tokens, this rank's part of them), U columns (target tokens); the rows may be
-spread over ranks. A solver is a class: making it solves, `plan(rows)` gives rows of the plan, and
-`backward(grad, out)` turns dloss/dP into dloss/dC.
+spread over ranks.
 """
 
-import math
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from s2t2_dist.comm import Comm
-from s2t2_dist.errors import ConfigError, DataError
 from s2t2_dist.ot.dual import Dual
 from s2t2_dist.ot.dykstra import Dykstra
 from s2t2_dist.ot.entropic import Entropic
-from s2t2_dist.ot.products import plan_sums
-from s2t2_dist.ot.simplex import NOT_FINITE, is_finite
+from s2t2_dist.ot.plain import Plain
+from s2t2_dist.ot.problem import Problem, Solution, Solver, check_cost, check_marginals
+from s2t2_dist.ot.sums import PlanSums
 from s2t2_dist.ot.tiles import new_matrix
 
-METHODS = ("dykstra", "dual", "dense")
-MASS_TOLERANCE = 1e-5  # relative; far above float32 rounding of a sum, far below a wrong unit
-
-Thresholds = tuple[torch.Tensor, torch.Tensor]
-
-
-class Solution(Protocol):
-    """What every solver offers once it is made; `state` is where a next solve may start."""
-
-    state: Thresholds | None
-
-    def plan(self, rows: slice) -> torch.Tensor:
-        """(h, U): a block of this rank's rows of P, without autograd."""
-
-    def backward(self, grad_VU: torch.Tensor, out_VU: torch.Tensor) -> None:
-        """Write dloss/dC over out_VU, from dloss/dP; both may be one tensor. A collective."""
+METHODS = ("dykstra", "dual", "dense", "plain")  # the ways to learn P
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +30,55 @@ class SinkhornResult:
         row_error: largest relative error of a row sum.
         col_error: largest relative error of a column sum.
         support: number of entries that are not zero.
+        iterations: how many were taken.
+        converged: whether the tolerance was met; None where none was asked for.
     """
 
     plan: torch.Tensor
     row_error: float
     col_error: float
     support: int
+    iterations: int
+    converged: bool | None
+
+    @property
+    def status(self) -> str:
+        """One line: how the solve ended, and what may be done about it."""
+        errors = f"row error {self.row_error:.1e}, column error {self.col_error:.1e}"
+        if self.converged is None:
+            return f"all {self.iterations} iterations taken, no tolerance asked for: {errors}"
+        if self.converged:
+            return f"converged in {self.iterations} iterations: {errors}"
+        return (
+            f"not converged in {self.iterations} iterations: {errors}; allow more iterations or a "
+            "larger tolerance"
+        )
+
+
+def make_solver(
+    method: str, iterations: int = 3, tolerance: float | None = None, backend: str = "auto"
+) -> Solver:
+    """The solver of a name of METHODS.
+
+    Args:
+        method: "dykstra" (S2T2), "dual" (its limit), "dense" (softmax in place of sparsemax) or
+            "plain" (no constraint: P is the cost itself, and takes no iterations).
+        iterations: at least 1; with a tolerance, the most to take.
+        tolerance: of `dual`: the largest relative error of a row sum at which to stop.
+        backend: of `dykstra` and `dual`: how passes are computed, see `Dykstra`.
+
+    Raises:
+        ValueError: an unknown method, or options that do not fit it.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown Sinkhorn method {method!r}; choose one of {', '.join(METHODS)}")
+    if tolerance is not None and method != "dual":
+        raise ValueError(f"a tolerance is for the method dual; {method} takes its iterations")
+    if method == "dykstra":
+        return Dykstra(iterations, backend)
+    if method == "dual":
+        return Dual(iterations, tolerance, backend)
+    return Entropic(iterations) if method == "dense" else Plain()
 
 
 def sparse_sinkhorn(
@@ -87,151 +112,57 @@ def sparse_sinkhorn(
         iterations: n, at least 1 (the paper takes 3); with a tolerance, the most to take.
         method: "dykstra", "dual" or "dense".
         comm: the ranks that share the rows; one rank by default.
-        tolerance: of `dual`: the largest relative error of a row sum at which to stop.
-        backend: of `dykstra` and `dual`: how passes are computed, see `Dykstra`.
+        tolerance, backend: see `make_solver`.
 
     Raises:
-        ConfigError: an unknown method, fewer than 1 iteration, or a tolerance without `dual`.
-        DataError: shapes that do not fit, entries that are not finite, a marginal that is negative
-            or holds no mass, or row and column sums of different totals. Every rank raises it.
+        ValueError: options that `make_solver` refuses, or the method plain, which has no marginals;
+            shapes that do not fit, entries that are not finite, a marginal that is negative or
+            holds no mass, or row and column sums of different totals. Every rank raises it.
     """
     comm = comm or Comm()
-    check_method(method, iterations, tolerance)
+    solver = make_solver(method, iterations, tolerance, backend)
+    if isinstance(solver, Plain):
+        raise ValueError("the method plain keeps no marginals: choose dykstra, dual or dense")
     mu = source_marginal_V.to(cost_VU.device, torch.float64)
     nu = target_marginal_U.to(cost_VU.device, torch.float64)
     check_cost(cost_VU, comm)
     check_marginals(cost_VU.shape, mu, nu, comm)
-    options = {"method": method, "iterations": iterations, "tolerance": tolerance}
-    options |= {"backend": backend}
     rows, columns = mu > 0, nu > 0
     whole = bool(rows.all() and columns.all())
     cost = cost_VU if whole else cost_VU[rows][:, columns]
-    mu, nu = mu[rows], nu[columns]  # contiguous copies: backward needs them as they are now
-    plan = _Solve.apply(cost, mu, nu, comm, options)
-    sums = PlanSums(mu, nu)
+    found = _result(solver, cost, mu[rows], nu[columns], comm)
+    return found if whole else replace(found, plan=_with_zeros(found.plan, rows, columns))
+
+
+def _result(
+    solver: Solver, cost_VU: torch.Tensor, mu_V: torch.Tensor, nu_U: torch.Tensor, comm: Comm
+) -> SinkhornResult:
+    """For positive marginals, which nobody changes before the backward."""
+    with torch.no_grad():
+        solution = solver.solve(Problem(cost_VU.detach(), mu_V, nu_U, comm))
+    plan = _DensePlan.apply(cost_VU, solution)
+    sums = PlanSums(mu_V, nu_U)
     if len(plan):
         sums.add(slice(None), plan.detach())
     row_error, col_error, support, _ = sums.reduce(comm)
-    if not whole:
-        wide = plan.new_zeros(len(plan), len(columns)).index_copy(1, columns.nonzero()[:, 0], plan)
-        plan = torch.zeros_like(cost_VU).index_copy(0, rows.nonzero()[:, 0], wide)
-    return SinkhornResult(plan, row_error, col_error, int(support))
+    status = solution.iterations, solution.converged
+    return SinkhornResult(plan, row_error, col_error, int(support), *status)
 
 
-def solve(
-    cost_VU: torch.Tensor,
-    mu_V: torch.Tensor,
-    nu_U: torch.Tensor,
-    comm: Comm,
-    *,
-    method: str,
-    iterations: int,
-    tolerance: float | None = None,
-    start: Thresholds | None = None,
-    backend: str = "auto",
-) -> Solution:
-    """A solver's solution: what `sparse_sinkhorn` uses, without its checks and without autograd.
-
-    Args:
-        cost_VU, mu_V, nu_U: finite; float64 marginals, positive, on the same device.
-        start: the state of a solution of the same method and iterations, to start from.
-    """
-    problem = (cost_VU.detach(), mu_V, nu_U, comm)
-    if method == "dense":
-        return Entropic(*problem, iterations=iterations)
-    if method == "dual":
-        options = {"tolerance": tolerance, "start": start, "backend": backend}
-        return Dual(*problem, iterations=iterations, **options)
-    return Dykstra(*problem, iterations=iterations, start=start, backend=backend)
+def _with_zeros(plan: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """A plan of some rows and columns, with zeros in the others."""
+    wide = plan.new_zeros(len(plan), len(columns)).index_copy(1, columns.nonzero()[:, 0], plan)
+    return wide.new_zeros(len(rows), len(columns)).index_copy(0, rows.nonzero()[:, 0], wide)
 
 
-class PlanSums:
-    """Collects, tile by tile, how a plan keeps its marginals and how sparse it is.
-
-    Sums are float64.
-    """
-
-    def __init__(self, mu_V: torch.Tensor, nu_U: torch.Tensor):
-        self.mu, self.nu = mu_V, nu_U
-        self.col_sums = torch.zeros_like(nu_U)
-        self.row_error, self.support, self.log_sum = torch.zeros(3, 1).to(nu_U)
-
-    def add(self, rows: slice, plan_hU: torch.Tensor) -> int:
-        """Count a tile in (a row at least); returns how many of its entries are not zero."""
-        mu = self.mu[rows]
-        row_sums, col_sums, support = plan_sums(plan_hU)
-        self.col_sums += col_sums
-        self.row_error = torch.maximum(self.row_error, ((row_sums - mu).abs() / mu).max())
-        self.support += support
-        return int(support)
-
-    def add_entropy(self, plan_hU: torch.Tensor, mass: float) -> None:
-        """Add a tile's sum of p log p, p = P / mass; entries of a plain P below 0 count as 0."""
-        p = plan_hU.clamp_min(0).div_(mass)
-        # Where p is 0 any number does for its logarithm; that of 0 itself is slow.
-        self.log_sum += p.clamp_min(torch.finfo(p.dtype).tiny).log_().mul_(p).sum()
-
-    def reduce(self, comm: Comm) -> tuple[float, float, float, float]:
-        """row_error, col_error, support and the sum of p log p, over all ranks (one collective)."""
-        row_errors = torch.zeros(comm.size, dtype=torch.float64, device=self.nu.device)
-        row_errors[comm.rank] = self.row_error
-        sums = comm.sum_(torch.cat((self.col_sums, self.support, self.log_sum, row_errors)))
-        U = len(self.nu)
-        col_error = ((sums[:U] - self.nu).abs() / self.nu).max().item()
-        support, log_sum = sums[U : U + 2].tolist()
-        return sums[U + 2 :].max().item(), col_error, support, log_sum
-
-
-def check_method(method: str, iterations: int, tolerance: float | None) -> None:
-    """Raise a ConfigError unless the options name a solver and fit it."""
-    if method not in METHODS:
-        raise ConfigError(f"unknown Sinkhorn method {method!r}; choose one of {sorted(METHODS)}")
-    if iterations < 1:
-        raise ConfigError(f"iterations is {iterations}; at least 1 is needed")
-    if tolerance is not None and method != "dual":
-        raise ConfigError(f"a tolerance is for the method dual; {method} takes its iterations")
-
-
-def check_cost(cost_VU: torch.Tensor, comm: Comm) -> None:
-    """Raise a DataError, on every rank, unless the rows of all ranks can be solved for."""
-    if cost_VU.dtype not in (torch.float32, torch.float64):
-        raise DataError(f"cost is {cost_VU.dtype}; thresholds need float32 or float64")
-    bad = torch.tensor([float(not is_finite(cost_VU))], device=cost_VU.device)
-    if comm.max_(bad).item():
-        raise DataError(f"cost {NOT_FINITE}; is the learning rate too high?")
-
-
-def check_marginals(shape: torch.Size, mu: torch.Tensor, nu: torch.Tensor, comm: Comm) -> None:
-    """Raise a DataError, on every rank, unless the marginals fit a cost of this rank's shape."""
-    if len(shape) != 2 or tuple(shape) != (*mu.shape, *nu.shape):
-        found = f"{tuple(shape)}, {tuple(mu.shape)} and {tuple(nu.shape)}"
-        raise DataError(f"cost and marginals have shapes {found}; expected (V, U), (V,) and (U,)")
-    local = [float(_is_bad(mu)), float(_is_bad(nu)), mu.sum().item()]
-    reduced = comm.sum_(torch.tensor(local, dtype=torch.float64, device=mu.device)).tolist()
-    bad_mu, bad_nu, mass = reduced
-    if bad_mu or bad_nu:
-        which = "target" if bad_nu else "source"
-        raise DataError(f"{which} marginal must be finite and not negative")
-    total = nu.sum().item()
-    if not mass > 0 or not math.isclose(mass, total, rel_tol=MASS_TOLERANCE):
-        raise DataError(
-            f"source marginal sums to {mass:.7g}, target to {total:.7g}; both must be the same "
-            "and positive"
-        )
-
-
-def _is_bad(marginal: torch.Tensor) -> bool:
-    return not bool(((marginal >= 0) & (marginal < math.inf)).all())
-
-
-class _Solve(torch.autograd.Function):
-    """The dense plan of a solution, for autograd."""
+class _DensePlan(torch.autograd.Function):
+    """All of this rank's rows of a solution's plan, as a function of the cost."""
 
     @staticmethod
-    def forward(ctx, cost, mu, nu, comm, options):
+    def forward(ctx, cost: torch.Tensor, solution: Solution):
         ctx.save_for_backward(cost)  # backward looks at it again: autograd checks that it is kept
-        ctx.solution = solve(cost, mu, nu, comm, **options)
-        return ctx.solution.plan(slice(0, len(cost)))
+        ctx.solution = solution
+        return solution.plan(slice(0, len(cost)))
 
     @staticmethod
     @once_differentiable
@@ -239,4 +170,4 @@ class _Solve(torch.autograd.Function):
         _ = ctx.saved_tensors
         grad_cost = new_matrix(grad_plan)
         ctx.solution.backward(grad_plan.contiguous(), grad_cost)
-        return grad_cost, *[None] * 4
+        return grad_cost, None

@@ -15,6 +15,7 @@ from torch.utils._triton import has_triton
 CPU_TILE = 1 << 17  # entries of a tile: half a MiB of float32, to stay in a core's cache
 DEVICE_TILE = 1 << 26  # elsewhere: few, large kernels; it bounds the temporary memory
 HUGE_PAGES = 1 << 23  # bytes of a matrix from which they pay: a huge page has 2 MiB
+BACKENDS = ("auto", "native", "compile", "eager")
 FUSED = {"compile": True, "eager": False}  # of backends; others leave it to `Passes`
 RECOMPILE_LIMIT = 64  # a pass is compiled once per iteration number and dtype
 
@@ -46,6 +47,12 @@ def new_matrix(like: torch.Tensor, rows: int | None = None) -> torch.Tensor:
             ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE
         )
     return matrix
+
+
+def check_backend(backend: str) -> None:
+    """Raise a ValueError unless there is such a backend."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
 
 
 class Passes:

@@ -7,9 +7,11 @@ gradients; one backward through the solve gives the gradient of this rank's rows
 Shapes: V and U source and target vocabulary, D width, R source rows of this rank.
 """
 
+import contextlib
 import logging
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,15 +22,13 @@ from s2t2_dist.config import Translate
 from s2t2_dist.data.batches import Batch
 from s2t2_dist.data.evaluate import sum_of_nats
 from s2t2_dist.data.shards import tokenizer_sha256
+from s2t2_dist.errors import DataError, collective
 from s2t2_dist.lm import engine
 from s2t2_dist.lm.folder import WeightFiles, local_folder
 from s2t2_dist.lm.load import load_lm
-from s2t2_dist.lm.translation import (
-    TRANSLATION_DIR,
-    save_translation,
-)
+from s2t2_dist.lm.translation import TRANSLATION_DIR, save_translation
 from s2t2_dist.lm.vocabulary import source_rows, target_marginal
-from s2t2_dist.ot.translator import Translator, row_range
+from s2t2_dist.ot import Translator, make_solver, row_range
 from s2t2_dist.training.context import Context, or_nan
 from s2t2_dist.training.translate_checkpoint import load_plans, save_plans
 
@@ -64,9 +64,7 @@ class TranslateStage:
             head_RD.to(context.device),
             self.source_marginal,
             self.target_marginal,
-            method=stage.method,
-            iterations=stage.iterations,
-            tolerance=stage.tolerance,
+            solver=make_solver(stage.method, stage.iterations, stage.tolerance),
             embed_scale=stage.embed_scale,
             units=stage.units,
             plans=stage.plans,
@@ -93,7 +91,7 @@ class TranslateStage:
         """Solve once for a whole evaluation."""
         self.lm.train_mode(not on)
         if on:
-            with torch.no_grad():
+            with finite_cost(self.stage):
                 self.translated = self.translator.translate()
         else:
             self.translated = None
@@ -111,7 +109,8 @@ class TranslateStage:
         self, batches: list[Batch], predicted: int, learning_rate: float
     ) -> tuple[torch.Tensor, dict[str, float]]:
         clock = _Clock(self.context.device)
-        self.translated = self.translator.translate()
+        with finite_cost(self.stage):
+            self.translated = self.translator.translate()
         clock.lap("translator")
         nats = torch.zeros((), dtype=torch.float64, device=self.context.device)
         for batch in batches:
@@ -166,13 +165,12 @@ class TranslateStage:
         target = self.context.run_dir / TRANSLATION_DIR
         if artifacts.is_complete(target):
             return
+        with finite_cost(self.stage):
+            plans = self.translator.plan_tiles()
         save_translation(
             target,
             self.context.comm,
-            plans={
-                name: transport.plan_tiles()
-                for name, transport in self.translator.transports.items()
-            },
+            plans=plans,
             source_token_ids=self.token_ids_R,
             source_marginal=self.source_marginal,
             target_marginal=self.target_marginal,
@@ -185,6 +183,20 @@ class TranslateStage:
 
     def close(self) -> None:
         self.lm.close()
+
+
+@contextlib.contextmanager
+def finite_cost(stage: Translate) -> Iterator[None]:
+    """Turn the transport's refusal of a C that is not finite into the user's error.
+
+    Raises:
+        DataError: on every rank.
+    """
+    try:
+        yield
+    except ValueError as error:
+        rate = f"lower learning_rate ({stage.learning_rate:g}) in a new output_dir"
+        raise collective(DataError(f"stage {stage.name}: {error}; {rate}")) from error
 
 
 def least_gradient_share(columns: int) -> float:

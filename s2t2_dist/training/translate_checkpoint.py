@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from s2t2_dist.errors import ArtifactError
-from s2t2_dist.ot.translator import Translator
+from s2t2_dist.ot import Thresholds, Translator
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ROW_THRESHOLDS, COL_THRESHOLDS = "row_thresholds", "col_thresholds"
@@ -31,16 +31,16 @@ def save_plans(
     if start == stop:  # more ranks than rows
         return
     tensors = {}
-    for name, transport in translator.transports.items():
-        cost = transport.cost
+    for name, plan in translator.plans.items():
+        cost = plan.cost
         state = optimizer.state[cost]
         tensors[f"{name}.cost"] = cost.detach()
         for key in MOMENTS:  # none before the first step
             tensors[f"{name}.{key}"] = state[key] if state else torch.zeros_like(cost)
         tensors["step"] = torch.as_tensor(state.get("step", 0), dtype=torch.float32)
-        if transport.start is not None:
-            row_nR, tensors[f"{name}.{COL_THRESHOLDS}"] = transport.start
-            tensors[f"{name}.{ROW_THRESHOLDS}"] = row_nR.T
+        if plan.start is not None:
+            tensors[f"{name}.{ROW_THRESHOLDS}"] = plan.start.row_threshold.T
+            tensors[f"{name}.{COL_THRESHOLDS}"] = plan.start.col_threshold
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, directory / f"cost-{start:08d}-{stop:08d}.safetensors")
 
@@ -57,8 +57,8 @@ def load_plans(
         ArtifactError: the checkpoint does not hold every row.
     """
     wanted, whole = _read(directory, *rows)
-    for name, transport in translator.transports.items():
-        cost = transport.cost
+    for name, plan in translator.plans.items():
+        cost = plan.cost
         found = {key: tensor.to(cost.device) for key, tensor in wanted.items()}
         with torch.no_grad():
             cost.copy_(found[f"{name}.cost"])
@@ -67,7 +67,8 @@ def load_plans(
         optimizer.state[cost] = {"step": whole["step"].clone().to(cost.device), **moments}
         if f"{name}.{COL_THRESHOLDS}" in whole:
             row_nR = found[f"{name}.{ROW_THRESHOLDS}"].T.contiguous()
-            transport.start = row_nR, whole[f"{name}.{COL_THRESHOLDS}"].to(cost.device)
+            col_nU = whole[f"{name}.{COL_THRESHOLDS}"].to(cost.device)
+            plan.start = Thresholds(row_nR, col_nU)
 
 
 def _read(directory: Path, start: int, stop: int) -> tuple[Tensors, Tensors]:

@@ -17,6 +17,7 @@ import typer
 from s2t2_dist.comm import Comm
 from s2t2_dist.ot import project_simplex
 from s2t2_dist.ot.dual import Dual
+from s2t2_dist.ot.problem import Problem
 
 RESULTS = Path("tests/bench/results/row_errors.md")
 SPREADS = (0.1, 1.0, 10.0)
@@ -40,9 +41,9 @@ def dykstra_errors(cost_VU, mu, nu) -> Iterator[float]:
 
 def dual_errors(cost_VU, mu, nu) -> Iterator[float]:
     """After each iteration of the dual method."""
-    state = None
+    problem, state = Problem(cost_VU, mu, nu, Comm()), None
     while True:
-        dual = Dual(cost_VU, mu, nu, Comm(), iterations=1, start=state)
+        dual = Dual(iterations=1).solve(problem, state)
         state = dual.state
         yield row_error(dual.plan(slice(None)), mu)
 

@@ -8,7 +8,7 @@ import torch
 from s2t2_dist import artifacts, load_translation
 from s2t2_dist.comm import Comm
 from s2t2_dist.errors import ArtifactError
-from s2t2_dist.ot import Translator
+from s2t2_dist.ot import Translator, make_solver
 from tests.jobs.distributed import run_ranks
 from tests.ot.problems import translation_parts, write_translation
 
@@ -60,10 +60,10 @@ def test_embed_and_head_equal_the_translators(embed_scale, plans, tmp_path):
     loaded = load_translation(tmp_path / "t")
     random = torch.manual_seed(0)
     embed, head = (torch.randn(64, 16, generator=random).bfloat16() for _ in range(2))
-    options |= {"method": "plain", "units": "literal"}
+    options |= {"solver": make_solver("plain"), "units": "literal"}
     trained = Translator(embed[ids], head[ids], mu, nu, **options)
-    for name, transport in trained.transports.items():
-        transport.cost.data = found[name]
+    for name, plan in trained.plans.items():
+        plan.cost.data = found[name]
     expected = trained.translate()
     # The same float32 products summed in another order.
     for found, wanted in (

@@ -7,6 +7,16 @@ Newton thresholds and a closed-form backward.
 import torch
 
 
+def sort_threshold(z: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """The thresholds of the rows of z (paper, Algorithm 2, as printed), (V,)."""
+    ordered = torch.sort(z, dim=1, descending=True).values
+    sums = torch.cumsum(ordered, dim=1)
+    k = torch.arange(1, z.shape[1] + 1, dtype=z.dtype)
+    scale = torch.as_tensor(scale, dtype=z.dtype).expand(len(z))[:, None]
+    k_z = (scale + k * ordered > sums).sum(dim=1, keepdim=True)
+    return ((sums.gather(1, k_z - 1) - scale) / k_z)[:, 0]
+
+
 def sparsemax_rows(z: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Algorithm 2 on every row of z: (projection, margin).
 
@@ -16,11 +26,7 @@ def sparsemax_rows(z: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, 
     from its threshold by less than about 1e-13, two correct programs may disagree on membership:
     callers look at the margin before they compare gradients.
     """
-    ordered = torch.sort(z, dim=1, descending=True).values
-    sums = torch.cumsum(ordered, dim=1)
-    k = torch.arange(1, z.shape[1] + 1, dtype=z.dtype)
-    k_z = (scale[:, None] + k * ordered > sums).sum(dim=1, keepdim=True)
-    tau = (sums.gather(1, k_z - 1) - scale[:, None]) / k_z
+    tau = sort_threshold(z, scale)[:, None]
     return torch.relu(z - tau), (z - tau).detach().abs().min()
 
 

@@ -9,6 +9,8 @@ import torch
 
 from s2t2_dist.comm import Comm
 from s2t2_dist.ot.dual import Dual
+from s2t2_dist.ot.problem import Problem
+from tests.ot.oracles import sort_threshold
 from tests.ot.problems import make_cost, make_marginals, uneven_rows
 
 ALL = slice(None)
@@ -25,10 +27,10 @@ def problem(kind, marginals, V, U, seed=0):
     return cost.detach(), mu, nu, unit
 
 
-def solve(cost, mu, nu, iterations=5000, tolerance=TIGHT, **options):
+def solve(cost, mu, nu, iterations=5000, tolerance=TIGHT, *, backend="auto", comm=None, start=None):
     """On one rank by default."""
-    options = {"comm": Comm()} | options
-    return Dual(cost, mu, nu, iterations=iterations, tolerance=tolerance, **options)
+    problem = Problem(cost, mu, nu, comm or Comm())
+    return Dual(iterations, tolerance, backend).solve(problem, start)
 
 
 def weights_like(cost):
@@ -59,21 +61,12 @@ class CountingComm(Comm):
         return self.inner.max_(tensor)
 
 
-def row_thresholds(z, scale):
-    """SPARSEMAX's thresholds (paper, Algorithm 2) of the rows of z, by sorting."""
-    ordered = torch.sort(z, dim=1, descending=True).values
-    sums = torch.cumsum(ordered, dim=1)
-    k = torch.arange(1, z.shape[1] + 1, dtype=z.dtype)
-    count = (scale[:, None] + k * ordered > sums).sum(dim=1, keepdim=True)
-    return (sums.gather(1, count - 1) - scale[:, None]) / count
-
-
 def unrolled_dual(cost, mu, nu, iterations):
     """(plan, smallest distance of an entry from its threshold) after so many alternations."""
     b = cost.new_zeros(1, cost.shape[1])
     for _ in range(iterations):
-        a = row_thresholds(cost - b, mu)
-        b = row_thresholds((cost - a).T, nu).T
+        a = sort_threshold(cost - b, mu)[:, None]
+        b = sort_threshold((cost - a).T, nu)[None]
     slack = cost - a - b
     return torch.relu(slack), slack.detach().abs().min().item()
 
@@ -115,7 +108,7 @@ def solve_cases(comm):
         cost = make_cost(kind, V, U, unit).detach()[rows].clone()
         counting = CountingComm(comm)
         most = 3 if tolerance is None else 2000
-        dual = Dual(cost, mu[rows], nu, counting, iterations=most, tolerance=tolerance)
+        dual = solve(cost, mu[rows], nu, most, tolerance, comm=counting)
         grad = torch.randn(V, U, dtype=torch.float64, generator=torch.manual_seed(0))[rows].clone()
         dual.backward(grad, grad)
         answers.append((dual.plan(slice(None)), grad, dual.iterations, counting.calls))

@@ -5,10 +5,10 @@ Spawned ranks import this module: it must stay cheap, without the reference libr
 
 import torch
 
-from s2t2_dist.errors import DataError, S2T2Error
+from s2t2_dist.errors import S2T2Error
 from s2t2_dist.lm.translation import save_translation
-from s2t2_dist.ot import Translator, row_range, sparse_sinkhorn
-from s2t2_dist.ot.products import to_csr
+from s2t2_dist.ot import Translator, make_solver, row_range, sparse_sinkhorn
+from s2t2_dist.ot.translator import to_csr
 
 SPREADS = {"narrow": 0.1, "random": 1.0, "wide": 10.0}  # in row masses
 
@@ -100,7 +100,7 @@ def refusal(comm):
         cost[0, 0] = torch.nan
     try:
         sparse_sinkhorn(cost, torch.ones(2), torch.full((2,), float(comm.size)), comm=comm)
-    except DataError as error:
+    except ValueError as error:
         return str(error)
     return None
 
@@ -125,17 +125,18 @@ def leaf_loss(embed_UD, head_UD, rank):
 
 def dense_rows(translator):
     """This rank's rows of the plan, total mass 1 over all ranks."""
-    transport = translator.transports["plan"]
-    tiles = [tile.to_dense() for tile in transport.plan_tiles()]
-    return torch.cat([torch.zeros(0, transport.cost.shape[1]), *tiles])
+    tiles = [tile.to_dense() for tile in translator.plan_tiles()["plan"]]
+    return torch.cat([torch.zeros(0, translator.costs[0].shape[1]), *tiles])
 
 
 def translate_rows(comm, ranks, settings, alpha=0.1):
     """One translate and backward of this rank's rows; `ranks` losses are spread over the ranks."""
     embed, head, mu, nu, step = translator_inputs()
     rows = slice(*row_range(len(mu), comm.rank, comm.size))
+    settings = {**settings, "solver": make_solver(settings["method"])}
+    del settings["method"]
     translator = Translator(embed[rows], head[rows], mu[rows], nu, comm=comm, **settings)
-    translator.transports["plan"].cost.data += step[rows] * translator.mass / translator.rows
+    translator.costs[0].data += step[rows] * translator.mass / translator.rows
     translated = translator.translate()
     for rank in range(comm.rank, ranks, comm.size):
         leaf_loss(translated.embed_UD, translated.head_UD, rank).backward()
@@ -143,11 +144,11 @@ def translate_rows(comm, ranks, settings, alpha=0.1):
     return {
         "embed": translated.embed_UD.detach(),
         "head": translated.head_UD.detach(),
-        "grad": translator.transports["plan"].cost.grad.clone(),
+        "grad": translator.costs[0].grad.clone(),
         "plan": dense_rows(translator),
         "norm": translator.clip_grad_norm(1e-3),
         "statistics": translator.statistics(),
-        "clipped": translator.transports["plan"].cost.grad,
+        "clipped": translator.costs[0].grad,
     }
 
 
@@ -175,7 +176,7 @@ def write_translation(comm, directory, options):
 
 
 def csr_tiles(plan, height=7):
-    """What `Transport.plan_tiles` gives, with several tiles."""
+    """What `Translator.plan_tiles` gives for a plan, with several tiles."""
     return [to_csr(tile) for tile in plan.split(height)] if len(plan) else []
 
 
@@ -183,8 +184,8 @@ def translation_parts(plans="shared"):
     """Sparse plans of 30 of 60 source tokens: (dense plans by name, token ids, mu, nu)."""
     embed, head, mu, nu, step = translator_inputs()
     translator = Translator(embed, head, mu, nu, plans=plans)
-    found = {}
-    for number, (name, transport) in enumerate(translator.transports.items(), start=1):
-        transport.cost.data += number * step
-        found[name] = torch.cat([tile.to_dense() for tile in transport.plan_tiles()])
+    for number, cost in enumerate(translator.costs, start=1):
+        cost.data += number * step
+    tiles = translator.plan_tiles()
+    found = {name: torch.cat([tile.to_dense() for tile in tiles[name]]) for name in tiles}
     return found, torch.arange(30) * 2, mu, nu

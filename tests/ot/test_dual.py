@@ -6,6 +6,7 @@ import torch
 
 from s2t2_dist.comm import Comm
 from s2t2_dist.ot import sparse_sinkhorn
+from s2t2_dist.ot.problem import Thresholds
 from s2t2_dist.ot.simplex import NewtonSearch
 from tests.bench import row_errors
 from tests.jobs.distributed import run_ranks
@@ -270,7 +271,7 @@ def test_starts_from_a_former_state():
     near, far = solve(moved, mu, nu, start=cold.state), solve(moved, mu, nu)
     assert near.iterations < far.iterations
     assert_near(near.plan(ALL), far.plan(ALL), 1e-8 * mu.mean().item())
-    wrong = [part.roll(7) * 30 for part in cold.state]  # right of most roots
+    wrong = Thresholds(*(part.roll(7) * 30 for part in cold.state))  # right of most roots
     assert_near(solve(cost, mu, nu, start=wrong).plan(ALL), cold.plan(ALL), 1e-9)
 
 
@@ -279,7 +280,8 @@ def test_plan_by_blocks_and_no_state_of_the_matrix_size():
     dual = solve(cost, mu, nu, 3, None)
     assert torch.equal(dual.plan(slice(7, 21)), dual.plan(ALL)[7:21])
     assert [tuple(part.shape) for part in dual.state] == [(1, 50), (1, 10)]
-    kept = [value for value in vars(dual).values() if isinstance(value, torch.Tensor)]
+    held = [*vars(dual).values(), *vars(dual.passes).values()]
+    kept = [value for value in held if isinstance(value, torch.Tensor)]
     assert [value.numel() for value in kept if value.numel() > 50] == [500]
     assert any(value.data_ptr() == cost.data_ptr() for value in kept)
 

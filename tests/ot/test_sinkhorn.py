@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from s2t2_dist.comm import Comm
-from s2t2_dist.errors import ConfigError, DataError
 from s2t2_dist.ot import sparse_sinkhorn
 from s2t2_dist.ot.dykstra import Dykstra
-from s2t2_dist.ot.sinkhorn import METHODS, solve
+from s2t2_dist.ot.problem import Problem, Thresholds
+from s2t2_dist.ot.sinkhorn import make_solver
 from tests.jobs.distributed import run_ranks
 from tests.ot import oracles
 from tests.ot.problems import (
@@ -201,7 +201,7 @@ def test_nothing_of_the_size_of_the_cost_is_kept_for_backward(method):
     mu, nu, _ = make_marginals("row mass", 400, 300)
     cost = make_cost("random", 400, 300).detach()
     before = {id(found) for found in tensors_alive()}
-    solution = solve(cost, mu, nu, Comm(), method=method, iterations=3)
+    solution = make_solver(method).solve(Problem(cost, mu, nu, Comm()))
     kept = [found for found in tensors_alive() if id(found) not in before]
     others = [t for t in kept if t.untyped_storage().data_ptr() != cost.data_ptr()]
     assert solution and 0 < sum(t.numel() for t in others) < cost.numel() / 10
@@ -215,11 +215,11 @@ def test_a_warm_start_finds_the_same_plan_in_fewer_steps(backend, dtype):
     cost = make_cost("random", 300, 40).detach().to(dtype)
     step = 0.01 * make_cost("random", 300, 40, seed=1).detach().to(dtype)
     counts, plans = [], []
-    former = Dykstra(cost, mu, nu, Comm(), iterations=3, backend=backend)
+    solver = Dykstra(backend=backend)
+    former = solver.solve(Problem(cost, mu, nu, Comm()))
     for start in (None, former.state):
         comm = CountingComm()
-        options = {"iterations": 3, "backend": backend, "start": start}
-        solution = Dykstra(cost + step, mu, nu, comm, **options)
+        solution = solver.solve(Problem(cost + step, mu, nu, comm), start)
         counts.append(len(comm.calls))
         plans.append(solution.plan(slice(0, 300)))
     # A threshold (up to 8 here) rounds by an ulp or two with the way that leads to it. Projections
@@ -228,8 +228,8 @@ def test_a_warm_start_finds_the_same_plan_in_fewer_steps(backend, dtype):
     assert_near(plans[1], plans[0], rounding)
     assert counts[1] < counts[0]
     # A start that is nowhere near is no worse than none.
-    far = tuple(torch.full_like(part, 1e3) for part in former.state)
-    again = Dykstra(cost + step, mu, nu, Comm(), iterations=3, backend=backend, start=far)
+    far = Thresholds(*(torch.full_like(part, 1e3) for part in former.state))
+    again = solver.solve(Problem(cost + step, mu, nu, Comm()), far)
     assert_near(again.plan(slice(0, 300)), plans[0], rounding)
 
 
@@ -261,7 +261,7 @@ def test_compiled_passes_agree_with_eager_ones():
     assert_near(grads[1], grads[0], GRADIENT)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["dykstra", "dual", "dense"])
 def test_marginals_may_be_views_and_may_change_before_backward(method):
     cost = make_cost("random", 12, 8)
     mu, nu = torch.ones(12, dtype=torch.float64), torch.full((8,), 1.5, dtype=torch.float64)
@@ -293,20 +293,20 @@ def test_sharded_rows_equal_one_rank(size, tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"method": "magic"}, ConfigError, "unknown Sinkhorn method 'magic'"),
-        ({"iterations": 0}, ConfigError, "at least 1"),
-        ({"cost": torch.zeros(3, 2, dtype=torch.bfloat16)}, DataError, "bfloat16"),
-        ({"cost": torch.zeros(2, 3)}, DataError, "shapes"),
-        ({"cost": torch.full((3, 2), torch.inf)}, DataError, "NaN or infinite"),
-        ({"cost": torch.tensor([[3e38, -3e38]] * 3)}, DataError, "that overflow"),
+        ({"method": "magic"}, ValueError, "unknown Sinkhorn method 'magic'"),
+        ({"iterations": 0}, ValueError, "at least 1"),
+        ({"cost": torch.zeros(3, 2, dtype=torch.bfloat16)}, ValueError, "bfloat16"),
+        ({"cost": torch.zeros(2, 3)}, ValueError, "shapes"),
+        ({"cost": torch.full((3, 2), torch.inf)}, ValueError, "NaN or infinite"),
+        ({"cost": torch.tensor([[3e38, -3e38]] * 3)}, ValueError, "that overflow"),
         (
             {"mu": torch.tensor([1.0, 2.5, -0.5])},
-            DataError,
+            ValueError,
             "source marginal must be finite and not",
         ),
-        ({"mu": torch.zeros(3), "nu": torch.zeros(2)}, DataError, "both must be the same and pos"),
-        ({"nu": torch.tensor([3.0, torch.nan])}, DataError, "target marginal must be finite"),
-        ({"nu": torch.ones(2)}, DataError, "sums to 3, target to 2"),
+        ({"mu": torch.zeros(3), "nu": torch.zeros(2)}, ValueError, "both must be the same and pos"),
+        ({"nu": torch.tensor([3.0, torch.nan])}, ValueError, "target marginal must be finite"),
+        ({"nu": torch.ones(2)}, ValueError, "sums to 3, target to 2"),
     ],
 )
 def test_refuses(change, error, message):

@@ -177,3 +177,16 @@ def test_lost_weights_are_never_saved(source_model, protein_data, tmp_path):
     assert not (tmp_path / "run" / MODEL_DIR).exists()
     for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)
+
+
+def test_a_cost_that_is_lost_is_the_users_error(source_model, protein_data, tmp_path):
+    """One line of one rank, with what to do; the first step's C is not saved."""
+    short = {**runs.STAGE, "learning_rate": 1e39, "warmup_ratio": 0.0}
+    stages = [{"kind": "translate", "max_steps": 4, **short}]
+    recipe = runs.write_recipe(tmp_path, source_model, protein_data, stages=stages)
+    assert runs.train(recipe, 2) == 2, runs.output(recipe)
+    error = _error_of(recipe)
+    assert error.startswith("error: stage translate: cost holds NaN or infinite entries"), error
+    assert error.endswith("lower learning_rate (1e+39) in a new output_dir"), error
+    assert "Traceback" not in runs.output(recipe)
+    assert not list((tmp_path / "run/checkpoints").glob("*"))

@@ -16,18 +16,18 @@ from s2t2_dist.lm import vocabulary
 from s2t2_dist.lm.folder import WeightFiles
 from s2t2_dist.lm.translation import save_translation
 from s2t2_dist.lm.vocabulary import source_marginal, source_rows, target_marginal, token_counts
-from s2t2_dist.ot import Translator, row_range
+from s2t2_dist.ot import Thresholds, Translator, make_solver, row_range
 from s2t2_dist.training.translate import TranslateStage, least_gradient_share
 from s2t2_dist.training.translate_checkpoint import load_plans, save_plans
 from tests.conftest import SOURCE_VOCAB
 from tests.ot.problems import leaf_loss, translator_inputs
 
 SETTINGS = [
-    {"method": "dykstra"},
-    {"method": "dykstra", "plans": "separate"},
-    {"method": "dual", "iterations": 50, "tolerance": 1e-4},
-    {"method": "dense", "plans": "separate"},
-    {"method": "plain"},
+    {"solver": make_solver("dykstra")},
+    {"solver": make_solver("dykstra"), "plans": "separate"},
+    {"solver": make_solver("dual", iterations=50, tolerance=1e-4)},
+    {"solver": make_solver("dense"), "plans": "separate"},
+    {"solver": make_solver("plain")},
 ]
 
 
@@ -84,28 +84,29 @@ def test_a_checkpoint_holds_where_the_searches_go_on(tmp_path):
         folder.mkdir()
         learner = make_learner(settings)
         learn(*learner, 3)
-        starts = [[part.clone() for part in t.start] for t in learner[0].transports.values()]
+        starts = [[part.clone() for part in plan.start] for plan in learner[0].plans.values()]
         learner[0].translate()
         save_plans(folder, (0, 30), *learner)
         resumed = make_learner(settings)
         load_plans(folder, (0, 30), *resumed)
-        for transport, start in zip(resumed[0].transports.values(), starts, strict=True):
-            assert all(map(torch.equal, transport.start, start))
+        for plan, start in zip(resumed[0].plans.values(), starts, strict=True):
+            assert all(map(torch.equal, plan.start, start))
 
 
 def stored(rows, start, optimizer_step=7):
     """A stand-in for one rank's translator and optimizer, filled with numbers of its own rows."""
     column = torch.arange(*rows, dtype=torch.float32)[:, None]
-    transports, state = {}, {}
+    plans, state = {}, {}
     for number, name in enumerate(("embed", "head")):
         cost = torch.nn.Parameter(column * 10 + torch.arange(4.0) + number / 2)
         thresholds = None
         if start:
-            thresholds = torch.stack((column[:, 0], -column[:, 0])), torch.ones(2, 4) + number
-        transports[name] = SimpleNamespace(cost=cost, start=thresholds)
+            row_threshold = torch.stack((column[:, 0], -column[:, 0]))
+            thresholds = Thresholds(row_threshold, torch.ones(2, 4) + number)
+        plans[name] = SimpleNamespace(cost=cost, start=thresholds)
         moments = {"exp_avg": cost.detach() + 100, "exp_avg_sq": cost.detach() + 200}
         state[cost] = {"step": torch.tensor(float(optimizer_step)), **moments}
-    return SimpleNamespace(transports=transports), SimpleNamespace(state=state)
+    return SimpleNamespace(plans=plans), SimpleNamespace(state=state)
 
 
 @pytest.mark.parametrize("start", [True, False], ids=["warm", "before the first step"])
@@ -120,19 +121,19 @@ def test_rows_are_cut_anew_for_any_number_of_ranks(written, read, start, tmp_pat
         rows = row_range(7, rank, read)
         expected, expected_optimizer = stored(rows, start)
         found, optimizer = stored(rows, False, 0)
-        for transport in found.transports.values():
-            transport.cost.data.zero_()
-            optimizer.state[transport.cost] = {}
+        for plan in found.plans.values():
+            plan.cost.data.zero_()
+            optimizer.state[plan.cost] = {}
         load_plans(tmp_path, rows, found, optimizer)
-        for name, wanted in expected.transports.items():
-            transport = found.transports[name]
-            assert torch.equal(transport.cost, wanted.cost)
-            state = optimizer.state[transport.cost]
+        for name, wanted in expected.plans.items():
+            plan = found.plans[name]
+            assert torch.equal(plan.cost, wanted.cost)
+            state = optimizer.state[plan.cost]
             for key, value in expected_optimizer.state[wanted.cost].items():
                 assert torch.equal(state[key], value), key
-            assert (transport.start is None) == (not start)
+            assert (plan.start is None) == (not start)
             if start:
-                assert all(map(torch.equal, transport.start, wanted.start))
+                assert all(map(torch.equal, plan.start, wanted.start))
 
 
 def test_a_checkpoint_that_lacks_rows_is_refused(tmp_path):
@@ -212,7 +213,7 @@ def test_tokens_without_a_row_have_no_mass(
     save_translation(
         tmp_path / "t",
         Comm(),
-        plans={name: t.plan_tiles() for name, t in translator.transports.items()},
+        plans=translator.plan_tiles(),
         source_token_ids=ids,
         source_marginal=mu,
         target_marginal=nu,

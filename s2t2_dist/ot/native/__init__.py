@@ -1,1 +1,1 @@
-"""The passes of the sparse solvers in C++, for a CPU: `library` compiles and calls them."""
+"""C++ for a CPU: `library` compiles and calls native.cpp; `passes` sweeps the rows with it."""

@@ -76,14 +76,4 @@ void s2t2_plan_sums(const REAL* plan, int64_t V, int64_t U, double* row_sums, do
     plan_sums(plan, V, U, row_sums, col_sums, support, parts);
 }
 
-void s2t2_add_product(const REAL* plan, const REAL* values, REAL* total, int64_t h, int64_t U,
-                      int64_t K) {
-    add_product(plan, values, total, h, U, K);
-}
-
-void s2t2_product_grad(const REAL* plan, const REAL* values, const REAL* grad, REAL* out, int64_t h,
-                       int64_t U, int64_t K, int64_t parts) {
-    product_grad(plan, values, grad, out, h, U, K, parts);
-}
-
 }  // extern "C"

@@ -1,4 +1,4 @@
-// The passes of dual.py.
+// The searches of dual_passes.py.
 
 #pragma once
 

@@ -1,4 +1,5 @@
-// The passes of dykstra.py: those of passes.py, with an entry's iterates in registers.
+// The passes of dykstra.py: those of dykstra_passes.py, with an entry's iterates in registers.
+// Their row_threshold and col_threshold are the taus and sigmas of the recursion here.
 
 #pragma once
 
@@ -245,7 +246,7 @@ void row_supports(const Solve<T>& solve, int64_t i, Count<T>* __restrict on) {
 }
 
 // Of one entry, the gradients of the column step of iteration k = N - 1 - D: what _back_pass of
-// passes.py calls gw, from gx and gq after D iterations were undone.
+// dykstra_passes.py calls gw, from gx and gq after D iterations were undone.
 template <int N, int D, typename T>
 INLINE T undo_column(Count<T> on, const T* col_mean, int64_t stride, T gx, T gq) {
     return gq + (on & column_bit<T>(N - 1 - D) ? gx - gq - col_mean[D * stride] : T(0));
@@ -269,7 +270,7 @@ INLINE void undo(Count<T> on, const T* col_mean, const T* row_mean, int64_t stri
     }
 }
 
-// See _back_pass in passes.py; KNOWN iterations' column means are known. row_means (n, V) in the
+// See _back_pass in dykstra_passes.py; KNOWN iterations' column means are known. row_means (n, V) in the
 // order in which they are made; the last known one is made here. sums (parts, U). out: where the
 // last pass writes; it may be grad. Otherwise each row of it keeps its supports until then, a byte
 // each; in place they are found again, because memory for them would cost more, in page faults.

@@ -1,7 +1,7 @@
-"""The passes of sparse Sinkhorn over this rank's rows, in torch: any device, and the reference.
+"""The passes of Dykstra's method over this rank's rows, in torch: any device, and the reference.
 
 Every entry of every iterate is computed again from C and the thresholds so far, tile by tile.
-`native.NativePasses` does the same for a CPU, with the same methods.
+`native.passes.NativeDykstra` does the same for a CPU, with the same methods.
 
 Shapes: V rows of this rank (of a tile, in the functions), U columns, n iterations.
 """
@@ -25,19 +25,27 @@ class State:
         cost: C, this rank's rows (V, U).
         shift: each row's maximum (V,). The thresholds are those of C - shift: row constants do not
             change the plan, and float32 resolves the entries near the top better without them.
-        tau, sigma: (n, V) and (n, U), C's dtype.
+        row_threshold, col_threshold: tau (n, V) and sigma (n, U), C's dtype.
         row_count, col_count: entries above them, float64.
     """
 
     cost: torch.Tensor
     shift: torch.Tensor
-    tau: torch.Tensor
-    sigma: torch.Tensor
+    row_threshold: torch.Tensor
+    col_threshold: torch.Tensor
     row_count: torch.Tensor
     col_count: torch.Tensor
 
+    @classmethod
+    def empty(cls, cost_VU: torch.Tensor, iterations: int) -> "State":
+        """Of n iterations, before the first."""
+        V, U = cost_VU.shape
+        thresholds = cost_VU.new_empty(iterations, V), cost_VU.new_empty(iterations, U)
+        counts = (torch.empty_like(part, dtype=torch.float64) for part in thresholds)
+        return cls(cost_VU, cost_VU.new_empty(V), *thresholds, *counts)
 
-class TorchPasses:
+
+class DykstraPasses:
     """One sweep over the rows per call, results summed over them.
 
     Args:
@@ -50,7 +58,7 @@ class TorchPasses:
         self.run = Passes(state.cost, fused)
 
     def search(self, k: int, mu_V: torch.Tensor, col_guess_U: torch.Tensor) -> torch.Tensor:
-        """Make tau_k, starting from the guesses that `state.tau[k]` holds, and shift where k is 0.
+        """Find row_threshold[k], which holds the guesses to start from, and shift where k is 0.
 
         Returns, for each column of W_k, (3, U): the count and the excess of its entries above the
         guess, and the sum of all of them.
@@ -75,7 +83,7 @@ class TorchPasses:
 
     def plan(self, rows: slice) -> torch.Tensor:
         """A block of rows of the plan."""
-        return self.run(_plan_pass, *self._tile(rows, len(self.state.tau)))
+        return self.run(_plan_pass, *self._tile(rows, len(self.state.row_threshold)))
 
     def backward(
         self,
@@ -91,7 +99,7 @@ class TorchPasses:
         means come next; where all are known, it writes dloss/dC over out_VU, which may be grad_VU,
         instead. Until then a pass may keep what it likes in an out_VU of its own.
         """
-        iterations = len(self.state.tau)
+        iterations = len(self.state.row_threshold)
         sums = torch.zeros_like(self.state.col_count[0])
         for rows in tiles(self.state.cost):
             means = tuple(col_mean[:known]), tuple(row_mean[: max(known - 1, 0), rows])
@@ -107,8 +115,8 @@ class TorchPasses:
         return sums
 
     def _search_rows(self, k, rows, mu):
-        """tau_k of a tile. The first Newton step may go down, the ones after it only go up."""
-        threshold = self.state.tau[k, rows]
+        """Those of a tile. The first Newton step may go down, the ones after it only go up."""
+        threshold = self.state.row_threshold[k, rows]
         floor = torch.full_like(threshold, -torch.inf)
         count = torch.full_like(mu, torch.inf)
         moves = True
@@ -116,42 +124,43 @@ class TorchPasses:
             tile = self._tile(rows, k)
             threshold, count, moves = self.run(_row_pass, *tile, mu, threshold, floor, count)
             floor = threshold.clone()
-        self.state.tau[k, rows], self.state.row_count[k, rows] = threshold, count
+        self.state.row_threshold[k, rows], self.state.row_count[k, rows] = threshold, count
 
     def _column_pass(self, k, rows, threshold, columns=None):
-        cost, shift, taus, sigmas = self._tile(rows, k + 1, k)
+        cost, shift, row_thresholds, col_thresholds = self._tile(rows, k + 1, k)
         if columns is not None:
             cost, threshold = cost[:, columns], threshold[columns]
-            sigmas = tuple(sigma[columns] for sigma in sigmas)
-        return self.run(_column_pass, cost, shift, taus, sigmas, threshold)
+            col_thresholds = tuple(part[columns] for part in col_thresholds)
+        return self.run(_column_pass, cost, shift, row_thresholds, col_thresholds, threshold)
 
     def _tile(self, rows, row_steps, col_steps=None):
         """What a pass over a tile starts from: C, its rows' shifts, the thresholds so far."""
         state = self.state
         col_steps = row_steps if col_steps is None else col_steps
-        taus, sigmas = tuple(state.tau[:row_steps, rows]), tuple(state.sigma[:col_steps])
-        return state.cost[rows], state.shift[rows], taus, sigmas
+        row_thresholds = tuple(state.row_threshold[:row_steps, rows])
+        col_thresholds = tuple(state.col_threshold[:col_steps])
+        return state.cost[rows], state.shift[rows], row_thresholds, col_thresholds
 
 
-# Functions of one tile. cost (V, U), shift (V,), taus and sigmas
-# tuples of (V,) and (U,): a pass is compiled once for each number of them.
+# Functions of one tile. cost (V, U), shift (V,), row_thresholds and col_thresholds tuples of (V,)
+# and (U,): a pass is compiled once for each number of them.
 
 
-def _iterates(cost, shift, taus, sigmas):
+def _iterates(cost, shift, row_thresholds, col_thresholds):
     """(Z_0, Z_1, ...) and (W_0, W_1, ...), as far as the thresholds given determine them."""
     zs, ws = [cost - shift[:, None]], []
-    for k, tau in enumerate(taus):
-        tau = tau[:, None]
+    for k, row_threshold in enumerate(row_thresholds):
+        tau = row_threshold[:, None]
         y = torch.relu(zs[k] - tau)
-        ws.append(y + torch.minimum(ws[k - 1], sigmas[k - 1]) if k else y)
-        if k < len(sigmas):
-            zs.append(torch.relu(ws[k] - sigmas[k]) + torch.minimum(zs[k], tau))
+        ws.append(y + torch.minimum(ws[k - 1], col_thresholds[k - 1]) if k else y)
+        if k < len(col_thresholds):
+            zs.append(torch.relu(ws[k] - col_thresholds[k]) + torch.minimum(zs[k], tau))
     return zs, ws
 
 
-def _row_pass(cost, shift, taus, sigmas, mu, threshold, floor, count):
-    """ROW_STEPS Newton steps for tau_k, k = len(taus): (threshold, count, whether any moves)."""
-    z = _iterates(cost, shift, taus, sigmas)[0][-1]
+def _row_pass(cost, shift, row_thresholds, col_thresholds, mu, threshold, floor, count):
+    """ROW_STEPS Newton steps for the next row threshold: (threshold, count, whether any moves)."""
+    z = _iterates(cost, shift, row_thresholds, col_thresholds)[0][-1]
     top = z.amax(1)
     ceiling = below(top)
     floor = torch.maximum(floor, torch.minimum((top - mu).to(top.dtype), ceiling))
@@ -164,39 +173,41 @@ def _row_pass(cost, shift, taus, sigmas, mu, threshold, floor, count):
     return threshold, count, moves.any()
 
 
-def _column_pass(cost, shift, taus, sigmas, threshold):
-    """Of W_k's columns, k = len(sigmas): count, excess and sum (3, U)."""
-    w = _iterates(cost, shift, taus, sigmas)[1][-1]
+def _column_pass(cost, shift, row_thresholds, col_thresholds, threshold):
+    """Of W_k's columns, k = len(col_thresholds): count, excess and sum (3, U)."""
+    w = _iterates(cost, shift, row_thresholds, col_thresholds)[1][-1]
     return torch.stack((*_count_and_excess(w, threshold, 0), w.sum(0).double()))
 
 
-def _plan_pass(cost, shift, taus, sigmas):
-    return torch.relu(_iterates(cost, shift, taus, sigmas)[1][-1] - sigmas[-1])
+def _plan_pass(cost, shift, row_thresholds, col_thresholds):
+    w = _iterates(cost, shift, row_thresholds, col_thresholds)[1][-1]
+    return torch.relu(w - col_thresholds[-1])
 
 
-def _back_pass(cost, shift, taus, sigmas, grad, col_means, row_means, row_counts):
+def _back_pass(cost, shift, row_thresholds, col_thresholds, grad, col_means, row_means, row_counts):
     """Undo the iterations whose column means are known; row_means lacks the last one's.
 
     Returns that mean (V,), or None where no column mean is known, and what comes next: the sums
     (U,) of gX - gQ over the column supports, or the gradient where nothing is left to undo.
     """
-    zs, ws = _iterates(cost, shift, taus, sigmas)
+    zs, ws = _iterates(cost, shift, row_thresholds, col_thresholds)
+    n = len(row_thresholds)
     gx, gq, row_mean = grad, torch.zeros_like(grad), None
     for done, col_mean in enumerate(col_means):
-        k = len(taus) - 1 - done
-        gw = torch.where(ws[k] > sigmas[k], gx - gq - col_mean, 0) + gq
+        k = n - 1 - done
+        gw = torch.where(ws[k] > col_thresholds[k], gx - gq - col_mean, 0) + gq
         gp = gx if done else torch.zeros_like(gx)
-        on_row = zs[k] > taus[k][:, None]
+        on_row = zs[k] > row_thresholds[k][:, None]
         gy = torch.where(on_row, gw - gp, 0)
         if done < len(row_means):
             row_mean = row_means[done]
         else:
             row_mean = (gy.sum(1).double() / row_counts).to(gy.dtype)
         gx, gq = torch.where(on_row, gy - row_mean[:, None], 0) + gp, gw
-    if len(col_means) == len(taus):
+    if len(col_means) == n:
         return row_mean, gx
-    k = len(taus) - 1 - len(col_means)
-    return row_mean, torch.where(ws[k] > sigmas[k], gx - gq, 0).sum(0).double()
+    k = n - 1 - len(col_means)
+    return row_mean, torch.where(ws[k] > col_thresholds[k], gx - gq, 0).sum(0).double()
 
 
 def _count_and_excess(z, threshold, dim):
