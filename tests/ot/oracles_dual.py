@@ -11,7 +11,7 @@ from s2t2_dist.comm import Comm
 from s2t2_dist.ot.dual import Dual
 from s2t2_dist.ot.problem import Problem
 from tests.ot.oracles import sort_threshold
-from tests.ot.problems import make_cost, make_marginals, uneven_rows
+from tests.ot.problems import CountingComm, make_cost, make_marginals, uneven_rows
 
 ALL = slice(None)
 TIGHT = 1e-10  # float64 row errors: sums of up to 4096 terms of size 1 to 10 round by about 1e-14
@@ -43,22 +43,6 @@ def gradient(dual, cost):
     grad = weights_like(cost).to(cost)
     dual.backward(grad, grad)
     return grad
-
-
-class CountingComm(Comm):
-    """One rank that writes down its collectives, or several, over another `Comm`."""
-
-    def __init__(self, comm=None):
-        self.inner, self.calls = comm or Comm(), []
-        self.rank, self.size = self.inner.rank, self.inner.size
-
-    def sum_(self, tensor):
-        self.calls.append(("sum", tuple(tensor.shape)))
-        return self.inner.sum_(tensor)
-
-    def max_(self, tensor):
-        self.calls.append(("max", tuple(tensor.shape)))
-        return self.inner.max_(tensor)
 
 
 def unrolled_dual(cost, mu, nu, iterations):

@@ -5,10 +5,28 @@ Spawned ranks import this module: it must stay cheap, without the reference libr
 
 import torch
 
+from s2t2_dist.comm import Comm
 from s2t2_dist.errors import S2T2Error
 from s2t2_dist.lm.translation import save_translation
 from s2t2_dist.ot import Translator, make_solver, row_range, sparse_sinkhorn
 from s2t2_dist.ot.translator import to_csr
+
+
+class CountingComm(Comm):
+    """One rank that writes down its collectives, or several, over another `Comm`."""
+
+    def __init__(self, comm=None):
+        self.inner, self.calls = comm or Comm(), []
+        self.rank, self.size = self.inner.rank, self.inner.size
+
+    def sum_(self, tensor):
+        self.calls.append(("sum", tuple(tensor.shape)))
+        return self.inner.sum_(tensor)
+
+    def max_(self, tensor):
+        self.calls.append(("max", tuple(tensor.shape)))
+        return self.inner.max_(tensor)
+
 
 SPREADS = {"narrow": 0.1, "random": 1.0, "wide": 10.0}  # in row masses
 

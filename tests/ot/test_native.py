@@ -33,16 +33,6 @@ def solve(dtype=torch.float64, iterations=3, backend="auto"):
     return Dykstra(iterations, backend).solve(Problem(cost, mu, nu, Comm()))
 
 
-@pytest.mark.slow
-def test_compiles_once_and_is_used(fresh):
-    assert isinstance(solve().passes, NativeDykstra)
-    (compiled,) = fresh.iterdir()
-    made = compiled.stat().st_mtime_ns
-    library._library.cache_clear()
-    assert isinstance(solve().passes, NativeDykstra)
-    assert [path.stat().st_mtime_ns for path in fresh.iterdir()] == [made]
-
-
 @pytest.mark.parametrize(
     ("compiler", "problem"),
     [("no-such-compiler", "no C++ compiler was found; set CXX"), ("false", "false")],
@@ -61,12 +51,16 @@ def test_without_a_compiler_torch_does_the_work_and_the_log_says_so(
 
 
 @pytest.mark.slow
-def test_ranks_may_compile_at_the_same_time(fresh):
-    code = "import torch; from s2t2_dist.ot.native import library as native; "
-    code += "assert native.can_call(torch.ones(1))"
+def test_ranks_may_compile_at_the_same_time_and_the_code_is_kept(fresh):
+    code = "import torch; from s2t2_dist.ot.native import library; "
+    code += "assert library.can_call(torch.ones(1))"
     ranks = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [rank.wait() for rank in ranks] == [0, 0]
-    assert [path.suffix for path in fresh.iterdir()] == [".so"]
+    (compiled,) = fresh.iterdir()
+    assert compiled.suffix == ".so"
+    made = compiled.stat().st_mtime_ns
+    assert isinstance(solve(torch.float32).passes, NativeDykstra)
+    assert [path.stat().st_mtime_ns for path in fresh.iterdir()] == [made]
 
 
 def test_four_iterations_at_most():
@@ -98,7 +92,7 @@ def test_equals_the_passes_in_torch(iterations, shape):
 
 @pytest.mark.parametrize("solver", [Dykstra, Dual])
 def test_the_number_of_threads_changes_no_bit(solver):
-    plans, threads, (V, U) = [], torch.get_num_threads(), (2051, 700)
+    plans, threads, (V, U) = [], torch.get_num_threads(), (2051, 150)
     mu, nu, _ = make_marginals("row mass", V, U)
     cost = make_cost("random", V, U).detach().float()
     try:

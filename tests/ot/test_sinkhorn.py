@@ -1,9 +1,10 @@
 import gc
-import itertools
 
 import ot
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from s2t2_dist.comm import Comm
 from s2t2_dist.ot import sparse_sinkhorn
@@ -12,8 +13,10 @@ from s2t2_dist.ot.problem import Problem, Thresholds
 from s2t2_dist.ot.sinkhorn import make_solver
 from tests.jobs.distributed import run_ranks
 from tests.ot import oracles
+from tests.ot.covering import noted, pairwise
 from tests.ot.problems import (
     SPREADS,
+    CountingComm,
     make_cost,
     make_marginals,
     solve_and_refuse,
@@ -38,53 +41,62 @@ def assert_near(found, expected, tolerance):
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
-# auto is native code up to 4 iterations; "compile" is compared with them below: it takes a minute
+# auto is native code up to 4 iterations; "compile" is compared with them below
 BACKENDS = ["auto", "eager"]
+MARGINALS = ["row mass", "literal", "skewed"]
+COUNTS = [1, 2, 3, 6, 10]
+ON_THRESHOLDS = ["tied", "one-hot", "duplicated rows"]
+OTHERS = ["constant", "near one-hot", *SPREADS]
 
 
-def compare_with_oracle(cost, mu, nu, iterations, backend="auto"):
+def compare_with_oracle(kind, marginals, V, U, iterations, backend="auto", seed=None):
     """Compare values always, gradients where they are defined; say whether they were.
 
     Where an entry lies on its threshold mathematically, rounding decides its membership in the
     sort form as in ours, and the two may differ: the gradient is undefined there, not wrong.
     """
+    mu, nu, unit = make_marginals(marginals, V, U)
+    cost = make_cost(kind, V, U, unit, iterations if seed is None else seed)
     expected, margin = oracles.sparse_sinkhorn(cost, mu, nu, iterations)
     result = sparse_sinkhorn(cost, mu, nu, iterations, backend=backend)
     assert_near(result.plan, expected, VALUE)
-    if margin <= 1e-12 * mu.mean():
+    if kind in ON_THRESHOLDS or margin <= 1e-12 * mu.mean():
         return False
     assert_near(weighted_grad(result.plan, cost), weighted_grad(expected, cost), GRADIENT)
     return True
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("marginals", ["row mass", "literal", "skewed"])
-@pytest.mark.parametrize("kind", ["constant", "near one-hot", *SPREADS])
-def test_equals_algorithm_1(kind, marginals, backend):
+def test_equals_algorithm_1():
     compared = []
-    for (V, U), iterations in itertools.product(SHAPES, [1, 2, 3, 6, 10]):
-        mu, nu, unit = make_marginals(marginals, V, U)
-        cost = make_cost(kind, V, U, unit, seed=iterations)
-        compared.append(compare_with_oracle(cost, mu, nu, iterations, backend))
+    for case in pairwise(OTHERS, MARGINALS, SHAPES, COUNTS, BACKENDS):
+        kind, marginals, (V, U), iterations, backend = case
+        with noted(*case):
+            compared.append(compare_with_oracle(kind, marginals, V, U, iterations, backend))
     # A few wide cases land on a threshold: a row whose one entry takes it all.
     assert sum(compared) >= 0.85 * len(compared)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("marginals", ["row mass", "literal", "skewed"])
-@pytest.mark.parametrize("kind", ["tied", "one-hot", "duplicated rows"])
-def test_values_equal_algorithm_1_on_thresholds(kind, marginals, backend):
-    for (V, U), iterations in itertools.product(SHAPES, [1, 2, 3, 6, 10]):
-        mu, nu, unit = make_marginals(marginals, V, U)
-        cost = make_cost(kind, V, U, unit, seed=iterations)
-        expected, _ = oracles.sparse_sinkhorn(cost, mu, nu, iterations)
-        found = sparse_sinkhorn(cost, mu, nu, iterations, backend=backend)
-        assert_near(found.plan, expected, VALUE)
+def test_values_equal_algorithm_1_on_thresholds():
+    for case in pairwise(ON_THRESHOLDS, MARGINALS, SHAPES, COUNTS, BACKENDS):
+        kind, marginals, (V, U), iterations, backend = case
+        with noted(*case):
+            compare_with_oracle(kind, marginals, V, U, iterations, backend)
+
+
+sizes = st.integers(1, 12)
+
+
+@given(
+    st.sampled_from([*OTHERS, *ON_THRESHOLDS]), st.sampled_from(MARGINALS), sizes, sizes,
+    st.integers(1, 10), st.sampled_from(BACKENDS), st.integers(0, 10_000),
+)  # fmt: skip
+@settings(deadline=None, max_examples=150)
+def test_equals_algorithm_1_in_any_case(kind, marginals, V, U, iterations, backend, seed):
+    compare_with_oracle(kind, marginals, V, U, iterations, backend, seed)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("iterations", [1, 3, 10])
-@pytest.mark.parametrize(("V", "U"), [(1, 1), (64, 32), (1024, 256)])
+@pytest.mark.parametrize(("V", "U", "iterations"), [(1, 1, 3), (64, 32, 10), (512, 128, 3)])
 def test_gradient_where_entries_lie_exactly_on_their_threshold(V, U, iterations, backend):
     """Sizes are powers of two, so nothing rounds and both must call the same entries off."""
     mu, nu, _ = make_marginals("row mass", V, U)
@@ -98,18 +110,16 @@ def test_gradient_where_entries_lie_exactly_on_their_threshold(V, U, iterations,
 
 @pytest.mark.parametrize(
     ("kind", "marginals", "iterations"),
-    [("random", "row mass", 3), ("narrow", "skewed", 3), ("constant", "literal", 2)],
+    [
+        ("narrow", "skewed", 3),
+        pytest.param("random", "row mass", 3, marks=pytest.mark.slow),
+        pytest.param("constant", "literal", 2, marks=pytest.mark.slow),
+        pytest.param("near one-hot", "skewed", 4, marks=pytest.mark.slow),
+        pytest.param("wide", "skewed", 6, marks=pytest.mark.slow),
+    ],
 )
 def test_equals_algorithm_1_at_full_size(kind, marginals, iterations):
-    mu, nu, unit = make_marginals(marginals, 4096, 512)
-    assert compare_with_oracle(make_cost(kind, 4096, 512, unit), mu, nu, iterations)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [*SPREADS, "near one-hot", "constant"])
-def test_equals_algorithm_1_at_full_size_for_ten_iterations(kind):
-    mu, nu, unit = make_marginals("skewed", 4096, 512)
-    assert compare_with_oracle(make_cost(kind, 4096, 512, unit), mu, nu, 10)
+    assert compare_with_oracle(kind, marginals, 4096, 512, iterations, seed=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -126,18 +136,19 @@ def test_constant_cost_gives_the_uniform_plan_and_a_full_support_gradient(dtype)
     assert_near(grad, centred, 10 * tolerance)
 
 
-@pytest.mark.parametrize("kind", list(SPREADS))
-def test_dense_equals_log_domain_autograd(kind):
-    for (V, U), marginals, n in itertools.product(SHAPES, ["row mass", "skewed"], [1, 3, 10]):
+def test_dense_equals_log_domain_autograd():
+    for case in pairwise(list(SPREADS), SHAPES, MARGINALS, [1, 3, 10]):
+        kind, (V, U), marginals, n = case
         mu, nu, _ = make_marginals(marginals, V, U)
         cost = make_cost(kind, V, U)
         expected = oracles.dense_sinkhorn(cost, mu, nu, n)
         result = sparse_sinkhorn(cost, mu, nu, n, method="dense")
-        assert_near(result.plan, expected, VALUE)
-        assert_near(weighted_grad(result.plan, cost), weighted_grad(expected, cost), GRADIENT)
+        with noted(*case):
+            assert_near(result.plan, expected, VALUE)
+            found = weighted_grad(result.plan, cost)
+            assert_near(found, weighted_grad(expected, cost), GRADIENT)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:scipy.optimize:DeprecationWarning")  # POT's call
 def test_limits_equal_pot():
     """POT minimises the same objectives by other means: L-BFGS on the semi-dual, Sinkhorn-Knopp."""
@@ -148,26 +159,13 @@ def test_limits_equal_pot():
         (mu * V).numpy(), (nu * V).numpy(), (-cost * V).numpy(), 1.0, "l2",
         stopThr=1e-14, numItermax=20000,
     )  # fmt: skip
-    # Both stop near the optimum: L-BFGS at about 1e-8, Dykstra at about 1e-9.
-    found = sparse_sinkhorn(cost, mu, nu, 500)
+    # L-BFGS stops near the optimum, at about 1e-8; Dykstra is there after 60 iterations.
+    found = sparse_sinkhorn(cost, mu, nu, 80)
     assert_near(found.plan, torch.from_numpy(sparse) / V, 1e-6)
     assert max(found.row_error, found.col_error) < 1e-6
     entropic = ot.sinkhorn(mu.numpy(), nu.numpy(), -cost.numpy(), reg=1.0, stopThr=1e-14)
     dense = sparse_sinkhorn(cost, mu, nu, 200, method="dense")
     assert_near(dense.plan, torch.from_numpy(entropic), VALUE)
-
-
-class CountingComm(Comm):
-    def __init__(self):
-        self.calls = []
-
-    def sum_(self, tensor):
-        self.calls.append(("sum", tuple(tensor.shape)))
-        return tensor
-
-    def max_(self, tensor):
-        self.calls.append(("max", tuple(tensor.shape)))
-        return tensor
 
 
 def test_collectives_of_a_solve():
@@ -196,15 +194,15 @@ def tensors_alive():
     return [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
 
 
-@pytest.mark.parametrize("method", ["dykstra", "dual"])
-def test_nothing_of_the_size_of_the_cost_is_kept_for_backward(method):
+def test_nothing_of_the_size_of_the_cost_is_kept_for_backward():
     mu, nu, _ = make_marginals("row mass", 400, 300)
     cost = make_cost("random", 400, 300).detach()
+    problem = Problem(cost, mu, nu, Comm())
     before = {id(found) for found in tensors_alive()}
-    solution = make_solver(method).solve(Problem(cost, mu, nu, Comm()))
+    solutions = [make_solver(method).solve(problem) for method in ("dykstra", "dual", "dense")]
     kept = [found for found in tensors_alive() if id(found) not in before]
     others = [t for t in kept if t.untyped_storage().data_ptr() != cost.data_ptr()]
-    assert solution and 0 < sum(t.numel() for t in others) < cost.numel() / 10
+    assert solutions and 0 < sum(t.numel() for t in others) < cost.numel() / 10
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -252,10 +250,15 @@ def test_rows_and_columns_of_no_mass_are_as_if_absent(method):
 
 
 @pytest.mark.slow
-def test_compiled_passes_agree_with_eager_ones():
+@pytest.mark.parametrize(("compiler", "iterations"), [("aot_eager", 2), ("inductor", 1)])
+def test_compiled_passes_agree_with_eager_ones(compiler, iterations, compile_by):
+    """aot_eager makes the same graphs, of whole functions and any size, in half the time."""
+    compile_by(compiler)
     mu, nu, _ = make_marginals("skewed", 600, 48)
     cost = make_cost("random", 600, 48, 1 / 600)
-    eager, compiled = (sparse_sinkhorn(cost, mu, nu, 2, backend=b) for b in ("eager", "compile"))
+    eager, compiled = (
+        sparse_sinkhorn(cost, mu, nu, iterations, backend=b) for b in ("eager", "compile")
+    )
     assert_near(compiled.plan, eager.plan, VALUE)
     grads = [weighted_grad(result.plan, cost) for result in (eager, compiled)]
     assert_near(grads[1], grads[0], GRADIENT)
@@ -274,7 +277,7 @@ def test_marginals_may_be_views_and_may_change_before_backward(method):
     assert torch.equal(*grads)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, 2, 3])
 def test_sharded_rows_equal_one_rank(size, tmp_path):
     answers = run_ranks(solve_and_refuse, size, tmp_path)
     ranks, singles, refusals = zip(*answers, strict=True)
@@ -291,26 +294,26 @@ def test_sharded_rows_equal_one_rank(size, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("change", "message"),
     [
-        ({"method": "magic"}, ValueError, "unknown Sinkhorn method 'magic'"),
-        ({"iterations": 0}, ValueError, "at least 1"),
-        ({"cost": torch.zeros(3, 2, dtype=torch.bfloat16)}, ValueError, "bfloat16"),
-        ({"cost": torch.zeros(2, 3)}, ValueError, "shapes"),
-        ({"cost": torch.full((3, 2), torch.inf)}, ValueError, "NaN or infinite"),
-        ({"cost": torch.tensor([[3e38, -3e38]] * 3)}, ValueError, "that overflow"),
+        ({"method": "magic"}, "unknown Sinkhorn method 'magic'"),
+        ({"iterations": 0}, "at least 1"),
+        ({"method": "plain"}, "plain keeps no marginals: choose dykstra, dual or"),
+        ({"cost": torch.zeros(3, 2, dtype=torch.bfloat16)}, "bfloat16"),
+        ({"cost": torch.zeros(2, 3)}, "shapes"),
+        ({"cost": torch.full((3, 2), torch.inf)}, "NaN or infinite"),
+        ({"cost": torch.tensor([[3e38, -3e38]] * 3)}, "that overflow"),
         (
             {"mu": torch.tensor([1.0, 2.5, -0.5])},
-            ValueError,
             "source marginal must be finite and not",
         ),
-        ({"mu": torch.zeros(3), "nu": torch.zeros(2)}, ValueError, "both must be the same and pos"),
-        ({"nu": torch.tensor([3.0, torch.nan])}, ValueError, "target marginal must be finite"),
-        ({"nu": torch.ones(2)}, ValueError, "sums to 3, target to 2"),
+        ({"mu": torch.zeros(3), "nu": torch.zeros(2)}, "both must be the same and pos"),
+        ({"nu": torch.tensor([3.0, torch.nan])}, "target marginal must be finite"),
+        ({"nu": torch.ones(2)}, "sums to 3, target to 2"),
     ],
 )
-def test_refuses(change, error, message):
+def test_refuses(change, message):
     problem = {"cost": torch.zeros(3, 2), "mu": torch.ones(3), "nu": torch.full((2,), 1.5)}
     problem |= {"iterations": 3, "method": "dykstra"} | change
-    with pytest.raises(error, match=message):
+    with pytest.raises(ValueError, match=message):
         sparse_sinkhorn(*problem.values())

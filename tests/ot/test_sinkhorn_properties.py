@@ -18,6 +18,7 @@ RANGE = 1e-6  # and beyond it, of a row's range: 16 roundings of 2^-24, as the d
 sizes = st.integers(1, 12)
 seeds = st.integers(0, 10_000)
 quick = settings(deadline=None, max_examples=60)
+fewer = settings(deadline=None, max_examples=25)  # each solves to a limit
 
 
 def assert_near(found, expected, tolerance):
@@ -58,7 +59,7 @@ def test_row_constants_change_nothing(V, U, iterations, seed):
 
 
 @given(sizes, sizes, seeds)
-@quick
+@fewer
 def test_column_constants_change_nothing_at_the_limit(V, U, seed):
     cost, mu, nu = skewed_problem(V, U, seed)
     options = {"method": "dual", "tolerance": 1e-12, "iterations": 10_000}
@@ -89,7 +90,7 @@ def test_a_projection_projected_again_stays(V, U, seed, scale):
 
 
 @given(sizes, sizes, seeds)
-@quick
+@fewer
 def test_a_plan_is_its_own_plan_at_the_limit(V, U, seed):
     """The set of plans is convex: projecting a point of it changes nothing."""
     cost, mu, nu = skewed_problem(V, U, seed)
@@ -103,7 +104,7 @@ def test_a_plan_is_its_own_plan_at_the_limit(V, U, seed):
 def test_float32_equals_the_literal_algorithm_in_float64(spread, marginals):
     """Values always; gradients where no entry is within float32's reach of its threshold."""
     compared = 0
-    for seed, (V, U) in itertools.product(range(6), [(64, 48), (40, 100), (300, 32), (12, 9)]):
+    for seed, (V, U) in itertools.product(range(2), [(64, 48), (40, 100), (300, 32), (12, 9)]):
         mu, nu, unit = make_marginals(marginals, V, U, seed)
         mu, nu = mu / unit, nu / unit
         cost = (spread * make_cost("random", V, U, seed=seed)).detach().float().requires_grad_()
@@ -130,7 +131,7 @@ def gradient_of(plan, cost):
 @pytest.mark.parametrize("crowded", [False, True])
 def test_float32_beyond_ten_row_masses_keeps_its_bound(spread, crowded):
     """`crowded`: every row wants one column, so that most of the plan lies far below the top."""
-    for seed, (V, U) in itertools.product(range(4), [(64, 48), (40, 100), (300, 32)]):
+    for seed, (V, U) in itertools.product(range(2), [(64, 48), (40, 100), (300, 32)]):
         cost, mu, nu = skewed_problem(V, U, seed)
         cost = cost.detach()
         cost[:, 0] += 1 if crowded else 0
