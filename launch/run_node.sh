@@ -25,6 +25,7 @@ Without ssh, the same command on every node, each with its own --node-rank:
   --master-addr A   address of node 0 that every node reaches
   --master-port P   free port on node 0 (default 29500)
   --ssh-port P      ssh port for --hostfile (default 22)
+  --dry-run         make every check of a start on every rank; write nothing
 
 Paths in the recipe are relative to the working directory, which every node must see. The same
 command again resumes from the last checkpoint. On SIGTERM, SIGUSR1 or Ctrl-C the run saves a
@@ -35,9 +36,12 @@ END
 
 # parse ARGUMENT...: sets the options, and RECIPE to the recipe with its overrides.
 parse() {
-  HOSTFILE='' NODES=1 NODE_RANK=0 MASTER_ADDR='' MASTER_PORT='' SSH_PORT='' GPUS=''
+  HOSTFILE='' NODES=1 NODE_RANK=0 MASTER_ADDR='' MASTER_PORT='' SSH_PORT='' GPUS='' DRY_RUN=''
   while [[ ${1:-} == -* ]]; do
-    case $1 in -h | --help) usage && exit 0 ;; esac
+    case $1 in
+      -h | --help) usage && exit 0 ;;
+      --dry-run) DRY_RUN=$1 && shift && continue ;;
+    esac
     [[ $# -ge 2 ]] || fail "$1 needs a value; see launch/run_node.sh --help"
     case $1 in
       --hostfile) HOSTFILE=$2 ;;
@@ -123,7 +127,7 @@ start_everywhere() {
   export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o BatchMode=yes -o ServerAliveInterval=5 -o ServerAliveCountMax=4"
   start deepspeed --hostfile "$HOSTFILE" --log_level error --master_port "${MASTER_PORT:-29500}" \
     ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} ${SSH_PORT:+--ssh_port "$SSH_PORT"} \
-    --module s2t2_dist.train "${RECIPE[@]}"
+    --module s2t2_dist.train "${RECIPE[@]}" $DRY_RUN
 }
 
 start_here() {
@@ -136,7 +140,7 @@ start_here() {
   export WORLD_SIZE=$((NODES * GPUS))
   for ((local_rank = 0; local_rank < GPUS; local_rank++)); do
     export LOCAL_RANK=$local_rank RANK=$((NODE_RANK * GPUS + local_rank))
-    start python -u -m s2t2_dist.train "${RECIPE[@]}"
+    start python -u -m s2t2_dist.train "${RECIPE[@]}" $DRY_RUN
   done
 }
 
@@ -190,7 +194,7 @@ wait_for_end() {
   done
   # Rank 0 on another node may write its status a moment later.
   for ((i = 0; i < 10 && (CODE == 0 || CODE == 3); i++)); do
-    [[ $(field state "$(status_of "$RUN_DIR")") == running ]] || break
+    [[ -z $DRY_RUN && $(field state "$(status_of "$RUN_DIR")") == running ]] || break
     sleep 1
   done
 }
@@ -219,6 +223,7 @@ main() {
     echo "stopped before the first step: nothing to save" >&2
     exit 3
   fi
+  [[ -z $DRY_RUN ]] || exit "$CODE" # status.json says nothing of it
   exit "$(exit_code "$RUN_DIR" "$BEFORE" "$CODE")"
 }
 

@@ -26,6 +26,8 @@ METHODS = {
     "plain": "Plain P",
 }
 DUAL_DEFAULTS = {"iterations": 100, "tolerance": 1e-3}
+PEAK_RATE = "peak learning rate"
+DECAY = "AdamW's weight decay, as a share of the learning rate"
 
 
 class _Strict(BaseModel):
@@ -42,9 +44,9 @@ class ModelConfig(_Strict):
     )
     revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
     config: dict[str, Any] | None = Field(
-        None, description="to pretrain: arguments of the architecture's config class"
+        None, description="arguments of the architecture's config class, to pretrain"
     )
-    model_type: str = Field("olmo", description="to pretrain: the transformers model type")
+    model_type: str = Field("olmo", description="transformers model type of config")
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="dtype of weights and activations; master weights are float32"
     )
@@ -79,11 +81,11 @@ class DataConfig(_Strict):
 class TrackingConfig(_Strict):
     """MLflow. `MLFLOW_TRACKING_URI`, where set, wins over `uri`."""
 
-    enabled: bool = Field(True, description="false: metrics.jsonl only")
+    enabled: bool = Field(True, description="whether MLflow gets the metrics of metrics.jsonl")
     uri: str | None = Field(
         None, description="tracking server or database; default sqlite:///<cwd>/mlflow.db"
     )
-    experiment: str = Field("s2t2", description="MLflow experiment")
+    experiment: str = Field("s2t2", description="name of the MLflow experiment")
 
 
 class Stage(_Strict):
@@ -92,28 +94,31 @@ class Stage(_Strict):
     name: str = Field(
         "",
         pattern=r"^[A-Za-z0-9_-]+$",
-        description="names the checkpoint folders and metrics; default: the kind",
+        description="name of the checkpoint folders and metrics; default: the kind",
+        json_schema_extra=lambda schema: schema.pop("default"),  # empty stands for the kind
     )
     max_steps: Annotated[int, Field(ge=0)] = Field(description="optimizer steps")
     train_batch_size: Positive = Field(
         16, description="rows per optimizer step over all ranks; the same at any world size"
     )
     per_device_train_batch_size: Positive = Field(
-        16, description="most rows of a rank's forward pass; accumulation follows from the two"
+        16, description="most rows of a rank's forward pass; gradients accumulate over passes"
     )
     per_device_eval_batch_size: Positive = Field(16, description="rows per evaluation pass")
-    learning_rate: NotNegative = Field(description="peak learning rate")
-    weight_decay: NotNegative = 0.0
+    learning_rate: NotNegative = Field(description=PEAK_RATE)
+    weight_decay: NotNegative = Field(0.0, description=DECAY)
     warmup_ratio: Fraction = Field(0.2, description="share of max_steps with a rising rate")
     min_lr_ratio: Fraction = Field(0.1, description="final rate as a share of the peak")
-    adam_beta1: Beta = 0.9
-    adam_beta2: Beta = 0.95
-    adam_epsilon: NotNegative = 1e-5
-    max_grad_norm: NotNegative = Field(1.0, description="global norm; 0 switches clipping off")
-    eval_steps: Positive | None = Field(
-        None, description="evaluate every so many steps; always at the stage's start and end"
+    adam_beta1: Beta = Field(0.9, description="AdamW's decay of the first moment")
+    adam_beta2: Beta = Field(0.95, description="AdamW's decay of the second moment")
+    adam_epsilon: NotNegative = Field(1e-5, description="AdamW's term against division by zero")
+    max_grad_norm: NotNegative = Field(
+        1.0, description="global gradient norm above which gradients are clipped; 0: never"
     )
-    save_steps: Positive = Field(500, description="checkpoint every so many steps")
+    eval_steps: Positive | None = Field(
+        None, description="steps between evaluations; a stage's start and end are always evaluated"
+    )
+    save_steps: Positive = Field(500, description="steps between checkpoints")
 
     @model_validator(mode="before")
     @classmethod
@@ -126,22 +131,23 @@ class Stage(_Strict):
 class Pretrain(Stage):
     """Train every weight of a model on the source domain, from a config."""
 
-    kind: Literal["pretrain"]
-    learning_rate: NotNegative = 3e-4
-    weight_decay: NotNegative = 0.1
+    kind: Literal["pretrain"] = Field(description="train every weight, from a config")
+    learning_rate: NotNegative = Field(3e-4, description=PEAK_RATE)
+    weight_decay: NotNegative = Field(0.1, description=DECAY)
 
 
 class Translate(Stage):
     """Learn the transport plan P through the frozen LM (paper, section 2)."""
 
-    kind: Literal["translate"]
+    kind: Literal["translate"] = Field(description="learn P through the frozen LM")
     learning_rate: NotNegative = Field(
-        1e-3, description="in the units of C: a share of a row's mass where units is row_mass"
+        1e-3,
+        description=f"{PEAK_RATE}, in the units of C: a share of a row's mass under row_mass",
     )
     method: Literal[tuple(METHODS)] = Field(
         "dykstra",
-        description="S2T2 in n iterations; S2T2 to a tolerance; entropic Sinkhorn (softmax); no "
-        "constraint",
+        description="dykstra: S2T2 in n iterations; dual: S2T2 to a tolerance; dense: entropic "
+        "Sinkhorn (softmax); plain: no constraint",
     )
     iterations: Positive = Field(
         3, description="Sinkhorn iterations n; for dual the limit of a solve, 100 by default"
@@ -155,10 +161,10 @@ class Translate(Stage):
         "shared", description="one P, or one for E and one for L at twice the memory and time"
     )
     units: Literal["row_mass", "literal"] = Field(
-        "row_mass", description="C in units of a row's mass, or of probability as in the paper"
+        "row_mass", description="unit of C: a row's mass, or literal probability as in the paper"
     )
     embed_scale: Literal["paper", "convex"] = Field(
-        "paper", description="E' = (P^T * 1/mu) E as in the paper, or 1/nu: a convex combination"
+        "paper", description="E' = (P^T * 1/mu) E as in the paper, or convex: 1/nu instead"
     )
     source_tokens: str = Field(
         "all", description="rows of P: all, bytes (single characters), or a file of token ids"
@@ -194,16 +200,16 @@ class Translate(Stage):
 class Finetune(Stage):
     """Train every weight on the target domain."""
 
-    kind: Literal["finetune"]
-    learning_rate: NotNegative = 2e-5
-    weight_decay: NotNegative = 0.01
+    kind: Literal["finetune"] = Field(description="train every weight")
+    learning_rate: NotNegative = Field(2e-5, description=PEAK_RATE)
+    weight_decay: NotNegative = Field(0.01, description=DECAY)
     init: Literal["translation", "truncate", "source"] = Field(
         "translation",
-        description="fold E', L' into the model; keep the first U rows of E and L; or change "
-        "nothing (data in source tokens)",
+        description="translation: fold E', L' into the model; truncate: keep the first U rows of "
+        "E and L; source: change nothing (data in source tokens)",
     )
     translation: Path | None = Field(
-        None, description="a translation to fold; default: the one of the stage before"
+        None, description="translation to fold; default: the one that this run learns"
     )
 
 
@@ -213,24 +219,26 @@ AnyStage = Annotated[Pretrain | Translate | Finetune, Field(discriminator="kind"
 class Recipe(_Strict):
     """One run: a model, its data and the stages it goes through."""
 
-    output_dir: Path = Field(description="the run directory; resumed when it exists and agrees")
+    output_dir: Path = Field(description="run directory; resumed if it holds a run of this recipe")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        17, description="data order and initial weights"
+        17, description="seed of the data order and of initial weights"
     )
-    model: ModelConfig
-    data: DataConfig
-    deepspeed: Path = Field(description="DeepSpeed JSON, see ds_configs/README.md")
-    stages: Annotated[list[AnyStage], Field(min_length=1)]
-    tracking: TrackingConfig = TrackingConfig()
-    save_total_limit: Positive = Field(2, description="newest checkpoints kept")
+    model: ModelConfig = Field(description="language model to start from")
+    data: DataConfig = Field(description="shards, as `s2t2 data build` made them")
+    deepspeed: Path = Field(description="DeepSpeed JSON; see ds_configs/README.md")
+    stages: Annotated[list[AnyStage], Field(min_length=1)] = Field(
+        description="what the run does, in this order"
+    )
+    tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow, to which metrics go")
+    save_total_limit: Positive = Field(2, description="number of newest checkpoints to keep")
     keep_steps: Positive | None = Field(
-        None, description="keep checkpoints at multiples of so many steps of a stage for good"
+        None, description="checkpoints at multiples of so many steps of a stage stay for good"
     )
     max_hours: Annotated[float, Field(gt=0)] | None = Field(
         None, description="time limit of one job, which saves and exits with code 3 before it"
     )
     max_bad_steps: Positive = Field(
-        5, description="end the run after so many non-finite gradients in a row"
+        5, description="non-finite gradients in a row after which the run ends"
     )
     collective_timeout: Positive = Field(
         1800,

@@ -81,8 +81,10 @@ def test_every_shipped_recipe_follows_the_schema(path):
         ({"stages": []}, "should be non-empty"),
         ({"stages": [{"kind": "translate"}]}, "'max_steps' is a required property"),
         ({"stages": [{"kind": "translat", "max_steps": 1}]}, "translat"),
+        ({"stages": [{"kind": "translate", "max_steps": 1, "init": "source"}]}, "'init' was unexp"),
+        ({"stages": [{"kind": "translate", "max_steps": 1, "name": "a/b"}]}, "does not match"),
     ],
-    ids=["unknown key", "type", "no stage", "missing key", "kind"],
+    ids=["unknown key", "type", "no stage", "missing key", "kind", "another kind's key", "name"],
 )
 def test_the_schema_refuses_what_the_reader_refuses(change, message, write):
     values = {**MINIMAL, **change}
@@ -92,6 +94,17 @@ def test_the_schema_refuses_what_the_reader_refuses(change, message, write):
     assert any(message in error.message for error in nested), [e.message for e in nested]
     with pytest.raises(ConfigError):
         load_recipe(write(values))
+
+
+def test_the_schema_describes_every_key_and_its_defaults_follow_it():
+    """An editor shows the description, and may write the default into the file."""
+    schema = recipe_schema()
+    for name, model in {"Recipe": schema, **schema["$defs"]}.items():
+        for key, value in model["properties"].items():
+            assert value.get("description"), f"{name}.{key} has no description"
+            if "default" in value:
+                rule = Draft202012Validator({**value, "$defs": schema["$defs"]})
+                assert rule.is_valid(value["default"]), f"{name}.{key}: {value['default']!r}"
 
 
 def test_the_command_prints_the_schema(capsys):

@@ -41,6 +41,19 @@ class Position:
     metrics_bytes: int  # length of metrics.jsonl at this point
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The checkpoint to resume from.
+
+    Attributes:
+        damaged: the newer ones that are not valid, with what is wrong with each.
+    """
+
+    path: Path
+    position: Position
+    damaged: dict[Path, str]
+
+
 def save(
     run_dir: Path,
     position: Position,
@@ -96,10 +109,32 @@ def save(
 
 
 def find(run_dir: Path, comm: Comm, path: Path | None = None) -> tuple[Path, Position] | None:
+    """`choose` a checkpoint, and clear the way for the run that resumes from it. A collective.
+
+    What a killed job left behind is removed. Newer checkpoints that are damaged are renamed to
+    `.damaged-NAME`, because the run writes their steps again.
+    """
+
+    def clear() -> None:
+        if comm.rank == 0:
+            _clear_temporary(run_dir / "checkpoints")
+
+    def set_aside() -> None:
+        if comm.rank == 0:
+            _set_aside(choice)
+
+    agree(comm, clear, "clearing up after a killed job")
+    choice = choose(run_dir, comm, path)
+    if choice is None:
+        return None
+    agree(comm, set_aside, "setting a checkpoint aside")
+    return choice.path, choice.position
+
+
+def choose(run_dir: Path, comm: Comm, path: Path | None = None) -> Choice | None:
     """The checkpoint to resume from, with every file verified; None in a new run. A collective.
 
-    The ranks share the hashing. Newer checkpoints that are damaged are renamed to
-    `.damaged-NAME`, because the run writes their steps again.
+    The ranks share the hashing. Nothing is written.
 
     Args:
         path: the checkpoint to use; default: the newest valid one.
@@ -114,25 +149,21 @@ def find(run_dir: Path, comm: Comm, path: Path | None = None) -> tuple[Path, Pos
     def look() -> list[Path]:
         if comm.rank != 0:
             return []
-        _clear_temporary(run_dir / "checkpoints")
         return _candidates(run_dir) if path is None else [_asked_for(run_dir, path)]
 
     candidates = comm.broadcast_object(agree(comm, look, "looking for a checkpoint"))
     damaged: dict[Path, str] = {}
-    for found in candidates:
-        problem = _problem(found, comm)
+    for candidate in candidates:
+        problem = _problem(candidate, comm)
         if problem is None:
-            break
-        damaged[found] = problem
-    else:
-        if not damaged:
-            return None
-        problems = "; ".join(damaged.values())
-        if path is None:
-            problems = f"no checkpoint to resume from: {problems}; restore one, or remove all"
-        raise collective(ArtifactError(problems))
-    agree(comm, lambda: _set_aside(damaged, found, comm.rank), "setting a checkpoint aside")
-    return found, _position(found)
+            return Choice(candidate, _position(candidate), damaged)
+        damaged[candidate] = problem
+    if not damaged:
+        return None
+    problems = "; ".join(damaged.values())
+    if path is None:
+        problems = f"no checkpoint to resume from: {problems}; restore one, or remove all"
+    raise collective(ArtifactError(problems))
 
 
 def _problem(path: Path, comm: Comm) -> str | None:
@@ -148,15 +179,14 @@ def _problem(path: Path, comm: Comm) -> str | None:
     return next(filter(None, comm.gather_objects(problem)), None)
 
 
-def _set_aside(damaged: dict[Path, str], used: Path, rank: int) -> None:
-    """On rank 0, rename the damaged checkpoints and log why, and which one is used instead."""
-    if rank != 0:
-        return
-    for path, problem in damaged.items():
+def _set_aside(choice: Choice) -> None:
+    """Rename the damaged checkpoints and log why, and which one is used instead."""
+    used = choice.path.name
+    for path, problem in choice.damaged.items():
         aside = path.with_name(f".damaged-{path.name}")
         _remove(aside)
         path.rename(aside)
-        _log.warning("resuming from %s because %s; kept as %s", used.name, problem, aside.name)
+        _log.warning("resuming from %s because %s; kept as %s", used, problem, aside.name)
 
 
 def _candidates(run_dir: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from typing import TextIO
 
 import yaml
 
@@ -68,8 +69,24 @@ def locked(run_dir: Path) -> Iterator[None]:
         S2T2Error: another job runs in it.
     """
     with (run_dir / LOCK).open("a+", encoding="utf-8") as lock:
-        _take(lock, run_dir)
+        if _take(lock, run_dir, fcntl.LOCK_EX):
+            lock.truncate(0)
+            lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+            lock.flush()
+            os.fsync(lock.fileno())  # other hosts read it
         yield
+
+
+def check_unlocked(run_dir: Path) -> None:
+    """No job runs in a run directory. Holds the lock for a moment, and writes nothing.
+
+    Raises:
+        S2T2Error: another job runs in it.
+    """
+    path = run_dir / LOCK
+    if path.exists():
+        with path.open(encoding="utf-8") as lock:
+            _take(lock, run_dir, fcntl.LOCK_SH)
 
 
 def identify_inputs(
@@ -170,14 +187,17 @@ def _decisive(values: dict) -> dict:
     return values
 
 
-def _take(lock, run_dir: Path) -> None:
-    """Lock a file until it is closed, and write this host and process id into it.
+def _take(lock: TextIO, run_dir: Path, kind: int) -> bool:
+    """Lock a file until it is closed; returns False, with a warning, if its disk has no locks.
 
     Best effort: a network file system without flock does not show the lock to other hosts. The
     kernel releases the lock when the process ends.
+
+    Args:
+        kind: fcntl.LOCK_EX, or fcntl.LOCK_SH in a file that is open for reading alone.
     """
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
         holder = json.loads(lock.read() or "{}")
@@ -190,8 +210,5 @@ def _take(lock, run_dir: Path) -> None:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
         _log.warning("%s cannot be locked (%s): do not start a second job in it", run_dir, error)
-        return
-    lock.truncate(0)
-    lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-    lock.flush()
-    os.fsync(lock.fileno())  # other hosts read it
+        return False
+    return True

@@ -71,17 +71,26 @@ class MetricsFile:
         Raises:
             ArtifactError: the file is shorter than that.
         """
-        found = self._file.seek(0, os.SEEK_END)
-        if found < length:
-            raise ArtifactError(
-                f"{self.path} has {found} bytes, but had {length} when the checkpoint was written: "
-                "it was truncated or replaced; restore it, or start again in a new output_dir"
-            )
+        require_length(self.path, length)
         self._file.truncate(length)
         self._file.seek(0, os.SEEK_END)
 
     def close(self) -> None:
         self._file.close()
+
+
+def require_length(path: Path, length: int) -> None:
+    """A `metrics.jsonl` still holds the lines that it held at a checkpoint.
+
+    Raises:
+        ArtifactError: it has fewer bytes than `length`.
+    """
+    found = path.stat().st_size if path.exists() else 0
+    if found < length:
+        raise ArtifactError(
+            f"{path} has {found} bytes, but had {length} when the checkpoint was written: "
+            "it was truncated or replaced; restore it, or start again in a new output_dir"
+        )
 
 
 def read_metrics(run_dir: Path) -> list[dict]:

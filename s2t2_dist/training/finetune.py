@@ -12,7 +12,6 @@ from s2t2_dist.comm import agree
 from s2t2_dist.config import Finetune, Pretrain, Stage, Translate
 from s2t2_dist.data.batches import Batch
 from s2t2_dist.data.evaluate import sum_of_nats
-from s2t2_dist.errors import ConfigError, collective
 from s2t2_dist.lm import engine
 from s2t2_dist.lm.folder import fold, local_folder, save_random_lm
 from s2t2_dist.lm.load import load_lm
@@ -102,14 +101,6 @@ class WeightStage:
         if world_size == self.context.comm.size:
             self.lm.load(directory)
             return
-        zero = self.context.deepspeed.get("zero_optimization", {}).get("stage", 0)
-        if zero != 3:
-            raise collective(
-                ConfigError(
-                    f"{directory} was written by {world_size} ranks under ZeRO {zero} and needs as "
-                    f"many to load: start with {world_size} (ZeRO 3 resumes with any number)"
-                )
-            )
         with reshard.converted(directory, self.context.comm) as copy:
             self.lm.load(copy, universal=True)
 

@@ -30,6 +30,7 @@ from s2t2_dist.run.tracking import MetricsFile, MLflowShipper, flatten, read_met
 from s2t2_dist.training.context import Context, StageRunner
 from s2t2_dist.training.finetune import make_stage
 from s2t2_dist.training.nonfinite import SkippedSteps, require_finite
+from s2t2_dist.training.preflight import check_resume
 from s2t2_dist.training.schedule import learning_rate
 
 EXIT_DONE = 0
@@ -50,7 +51,7 @@ class Trainer:
     """One run on one rank, in a run directory that is its own.
 
     Args:
-        resume: as for `run`.
+        resume: the checkpoint to resume from; None: the newest valid one, if there is any.
         await_cause: from `heartbeat.monitored`.
         parent: the process that started this one.
     """
@@ -58,7 +59,7 @@ class Trainer:
     def __init__(
         self,
         context: Context,
-        resume: str,
+        resume: Path | None,
         await_cause: Callable[[BaseException], None],
         parent: int,
     ):
@@ -68,11 +69,12 @@ class Trainer:
         launcher = parent if self.comm.size > 1 else None
         self.stop = StopRequest(launcher, self.recipe.max_hours)
         self.skipped = SkippedSteps(self.recipe.max_bad_steps, self.comm.rank)
-        path = None if resume in ("auto", "never") else Path(resume)
-        found = checkpoint.find(self.run_dir, self.comm, path)
+        found = checkpoint.find(self.run_dir, self.comm, resume)
         self.resume_dir, self.position = found or (None, None)
-        if found and self.comm.rank == 0:
-            print(f"resuming from {self.resume_dir.name}", flush=True)
+        if found:
+            check_resume(context, *found)
+            if self.comm.rank == 0:
+                print(f"resuming from {self.resume_dir.name}", flush=True)
         self.metrics: MetricsFile | None = None
         self.mlflow: MLflowShipper | None = None
         agree(self.comm, self._open_metrics, "opening the metrics")

@@ -3,8 +3,8 @@
 `check_agreement` compares the ranks: a node with another version or an old copy of a file would
 train on, wrongly. `check_inputs` compares model, data, translations and DeepSpeed's settings with
 each other, from headers and configs. `check_room` compares each rank's disk and memory with what
-the run needs. `check_shared` makes sure that every rank sees rank 0's run directory. All but
-`check_inputs` are collectives.
+the run needs. `check_shared` makes sure that every rank sees rank 0's run directory, and
+`check_resume` that this job can go on from a checkpoint. All but `check_inputs` are collectives.
 """
 
 import os
@@ -20,7 +20,7 @@ import torch
 from transformers import PretrainedConfig
 
 from s2t2_dist import artifacts
-from s2t2_dist.comm import Comm
+from s2t2_dist.comm import Comm, agree
 from s2t2_dist.config import (
     Finetune,
     Pretrain,
@@ -31,7 +31,7 @@ from s2t2_dist.config import (
     recipe_values,
 )
 from s2t2_dist.data.shards import require_tokenizer, tokenizer_sha256
-from s2t2_dist.errors import ArtifactError, ConfigError, PreflightError
+from s2t2_dist.errors import ArtifactError, ConfigError, PreflightError, collective
 from s2t2_dist.lm.folder import WeightFiles, local_folder, random_lm_config
 from s2t2_dist.lm.sizes import (
     CHECKPOINT_BYTES,
@@ -44,7 +44,9 @@ from s2t2_dist.lm.sizes import (
 from s2t2_dist.lm.translation import check_translation, load_translation
 from s2t2_dist.lm.vocabulary import source_rows
 from s2t2_dist.ot.sizes import cost_states
+from s2t2_dist.run.checkpoint import Position
 from s2t2_dist.run.directory import LOCK
+from s2t2_dist.run.tracking import METRICS, require_length
 from s2t2_dist.training.context import Context
 
 PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "numpy", "pyarrow")
@@ -223,6 +225,30 @@ def check_shared(run_dir: Path, comm: Comm) -> None:
         time.sleep(SHARED_SECONDS / 100)
     line = f"{run_dir} is not what rank 0 sees; put it on a shared disk"
     _require_none(comm, comm.gather_objects([] if found == wanted else [line]))
+
+
+def check_resume(context: Context, path: Path, position: Position) -> None:
+    """This number of ranks can load the checkpoint, and the metrics reach as far as it does.
+
+    Raises:
+        ConfigError: on every rank: weights written by another number of ranks without ZeRO-3.
+        ArtifactError: on every rank: `metrics.jsonl` is shorter than it was at the checkpoint.
+    """
+    ranks, stage = context.comm.size, context.recipe.stages[position.stage_index]
+    zero = context.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    if position.world_size != ranks and zero != 3 and not isinstance(stage, Translate):
+        raise collective(
+            ConfigError(
+                f"{path} was written by {position.world_size} ranks under ZeRO {zero} and needs as "
+                f"many to load: start with {position.world_size} (ZeRO 3 resumes with any number)"
+            )
+        )
+
+    def look() -> None:
+        if context.comm.rank == 0:  # the file's writer: other hosts may see an older length
+            require_length(context.run_dir / METRICS, position.metrics_bytes)
+
+    agree(context.comm, look, "looking at the metrics")
 
 
 def _text(path: Path) -> str | None:

@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -27,7 +28,8 @@ def run(recipe: Recipe, resume: str = "auto", dry_run: bool = False) -> int:
     Args:
         resume: `auto` (the newest good checkpoint), `never` (a new directory only) or the path of
             a checkpoint of this run.
-        dry_run: make every check of a start and write nothing.
+        dry_run: make every check of a start, say what it would do, and write nothing. That every
+            rank sees a run directory is checked only where there is one.
 
     Returns:
         the exit code: 0 done, 3 stopped by a signal or the time limit, with a checkpoint written.
@@ -44,7 +46,7 @@ def run(recipe: Recipe, resume: str = "auto", dry_run: bool = False) -> int:
         with heartbeat.monitored(world, recipe.heartbeat_timeout, record) as await_cause:
             context = _open(recipe, world, device)
             if dry_run:
-                agree(world, lambda: _report_start(context, resume), "looking at the run directory")
+                _rehearse(context, resume)
                 code = EXIT_DONE
             else:
                 code = _run_job(context, resume, await_cause, parent)
@@ -75,7 +77,7 @@ def _run_job(
         state = agree(world, lambda: _claim(context, resume, held), "making the run directory")
         preflight.check_shared(context.run_dir, world)
         if world.broadcast_object(state) != "done":
-            return Trainer(context, resume, await_cause, parent).run()
+            return Trainer(context, _asked_for(resume), await_cause, parent).run()
         if world.rank == 0:
             _finish_shipping(context)
             print(f"{context.run_dir} is done; nothing to do")
@@ -122,17 +124,40 @@ def _inputs(context: Context) -> dict:
     return directory.identify_inputs(data, context.deepspeed, base, others)
 
 
-def _report_start(context: Context, resume: str) -> None:
-    """On rank 0, check the run directory and print what a start would do."""
-    if context.comm.rank != 0:
-        return
-    run_dir, ranks = context.run_dir, context.comm.size
-    directory.check(run_dir, context.recipe, _inputs(context), resume)
-    saved = checkpoint.list_checkpoints(run_dir)
-    start = f"would resume from {saved[0].name}" if saved else "would start from step 0"
-    if directory.read_state(run_dir) == "done":
-        start = "is done"
-    print(f"{run_dir} {start}")
+def _rehearse(context: Context, resume: str) -> None:
+    """Check what a start would find in the run directory; print what it would do. A collective."""
+    run_dir, world = context.run_dir, context.comm
+
+    def look() -> str | None:
+        if world.rank != 0:
+            return None
+        directory.check(run_dir, context.recipe, _inputs(context), resume)
+        directory.check_unlocked(run_dir)
+        return directory.read_state(run_dir)
+
+    state = agree(world, look, "looking at the run directory")
+    preflight.check_shared(run_dir, world)
+    would = "is done"
+    if world.broadcast_object(state) != "done":
+        choice = checkpoint.choose(run_dir, world, _asked_for(resume))
+        would = "would start from step 0"
+        if choice:
+            preflight.check_resume(context, choice.path, choice.position)
+            damage = "".join(f", since {problem}" for problem in choice.damaged.values())
+            would = f"would resume from {choice.path.name}{damage}"
+    if world.rank == 0:
+        print(f"{run_dir} {would}")
+        _describe(context)
+
+
+def _asked_for(resume: str) -> Path | None:
+    """The checkpoint that `--resume` names, if it names one."""
+    return None if resume in ("auto", "never") else Path(resume)
+
+
+def _describe(context: Context) -> None:
+    """Print the steps of each stage and what a rank needs."""
+    ranks = context.comm.size
     for stage in context.recipe.stages:
         rows, passes = engine.split_batch(stage, ranks)
         print(

@@ -13,6 +13,7 @@ import pytest
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from s2t2_dist.lm.engine import RECIPE_OWNED, load_settings
+from tests.jobs import launching
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [*sorted(ROOT.glob("launch/**/*.sh")), *sorted(ROOT.glob("launch/*.sbatch"))]
@@ -141,7 +142,7 @@ def test_environment_keeps_what_the_user_set(checkout):
 # Launching
 
 
-def run_node(folder: Path, *arguments: str | Path, **environment: str):
+def run_node(folder: Path, *arguments: str | Path, timeout: float = 60, **environment: str):
     """run_node.sh in a folder, with nobody's .deepspeed_env but the test's."""
     return subprocess.run(
         [ROOT / "launch" / "run_node.sh", *arguments],
@@ -149,7 +150,7 @@ def run_node(folder: Path, *arguments: str | Path, **environment: str):
         env={**os.environ, "HOME": str(folder), **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=timeout,
     )
 
 
@@ -190,6 +191,22 @@ def in_run_node(script: str, folder: Path, **environment: str) -> subprocess.Com
         text=True,
         timeout=60,
     )
+
+
+@pytest.mark.slow
+def test_a_dry_run_starts_every_rank_and_says_what_they_found(source_model, protein_data, tmp_path):
+    recipe = launching.write_recipe(tmp_path, source_model, protein_data)
+    command = (tmp_path, "--dry-run", "--gpus", "2", recipe)
+    here = {name: launching.environment()[name] for name in ("DS_ACCELERATOR", "PATH")}
+    done = run_node(*command, timeout=120, **here)
+    assert done.returncode == 0, done.stderr
+    assert f"{tmp_path / 'run'} would start from step 0\n" in done.stdout
+    assert "each of 2 ranks makes 2 passes of 2 rows per step\n" in done.stdout
+    refused = run_node(*command, "stages.translate.train_batch_size=7", timeout=120, **here)
+    assert refused.returncode == 2
+    errors = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "train_batch_size is 7, not a multiple of the 2" in errors[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
 def test_environment_file_holds_nothing_that_deepspeed_chokes_on(tmp_path):

@@ -227,7 +227,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 def test_a_dry_run_checks_everything_and_writes_nothing(
     uninterrupted, source_model, protein_data, tmp_path
 ):
-    """Of a new run on two ranks; of one that is done, with a key changed or not."""
+    """Of a new and a stopped run on two ranks; of one that is done, with a key changed or not."""
     recipe = runs.write_recipe(tmp_path, source_model, protein_data)
     (tmp_path / "output.txt").touch()
     before = tree(tmp_path).keys()
@@ -245,6 +245,13 @@ def test_a_dry_run_checks_everything_and_writes_nothing(
     errors = [x for x in runs.output(done).splitlines() if x.startswith("error:")]
     assert len(errors) == 1 and "seed: 17 -> 5" in errors[0]
     assert tree(uninterrupted) == before
+
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    (tmp_path / "run" / "status.json").unlink()
+    before = tree(tmp_path / "run")
+    assert runs.train(recipe, 2, "--dry-run") == 0, runs.output(recipe)
+    assert f"{tmp_path / 'run'} would resume from finetune-000024\n" in runs.output(recipe)
+    assert tree(tmp_path / "run") == before
 
 
 def test_a_resume_with_a_changed_recipe_is_refused(uninterrupted):

@@ -1,0 +1,135 @@
+"""A dry run: what a start would find in the run directory, said or refused, and nothing written."""
+
+import re
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from s2t2_dist.comm import Comm
+from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error
+from s2t2_dist.run import checkpoint, directory
+from s2t2_dist.run.checkpoint import Position
+from s2t2_dist.training import start
+from s2t2_dist.training.context import Context
+
+
+def tree(folder: Path) -> dict[Path, tuple[int, bytes | None]]:
+    """Every path below a folder, with the time of its last change and its bytes."""
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+        for path in folder.rglob("*")
+    }
+
+
+def rehearse(context: Context, resume: str = "auto") -> None:
+    before = tree(context.run_dir.parent)
+    try:
+        start._rehearse(context, resume)
+    finally:
+        assert tree(context.run_dir.parent) == before
+
+
+def stopped(context: Context, *positions: Position) -> Context:
+    """A run that was stopped after some checkpoints; its metrics take 5 bytes."""
+    with ExitStack() as held:
+        start._claim(context, "auto", held)
+    for position in positions:
+        checkpoint.save(
+            context.run_dir, position, lambda d: (d / "s").write_text("x") and None, Comm(), 9
+        )
+    (context.run_dir / "metrics.jsonl").write_text("line\n")
+    (context.run_dir / "checkpoints" / ".tmp-translate-000009").mkdir(parents=True)  # killed
+    return context
+
+
+def test_a_new_run_and_what_it_needs(context, capsys):
+    rehearse(context)
+    assert not context.run_dir.exists()
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:3] == [
+        f"{context.run_dir} would start from step 0",
+        "translate: 10 steps of 8 rows; each of 1 ranks makes 1 passes of 8 rows per step",
+        "finetune: 5 steps of 8 rows; each of 1 ranks makes 1 passes of 8 rows per step",
+    ]
+    assert re.fullmatch(r"at least 0\.\d\d GiB of memory .* checkpoint", printed[3])
+    assert printed[4:] == ["every check passed; nothing was written"]
+
+
+def test_a_stopped_run_goes_on_from_its_newest_valid_checkpoint(context, capsys):
+    run = stopped(context, *(Position(0, "translate", step, 1, 5) for step in (3, 6)))
+    rehearse(run)
+    assert f"{run.run_dir} would resume from translate-000006\n" in capsys.readouterr().out
+    (run.run_dir / "checkpoints/translate-000006/s").write_text("y")
+    rehearse(run)
+    line = capsys.readouterr().out.splitlines()[0]
+    assert "would resume from translate-000003, since " in line
+    assert "translate-000006/s was altered" in line
+
+
+def test_a_finished_run_is_said_to_be(context, capsys):
+    run = stopped(context, Position(1, "finetune", 5, 1, 5))
+    directory.write_status(run.run_dir, "done")
+    rehearse(run)
+    assert f"{run.run_dir} is done\n" in capsys.readouterr().out
+
+
+def test_resume_must_fit(context, tmp_path):
+    with pytest.raises(ConfigError, match="holds no run to resume"):
+        rehearse(context, str(tmp_path / "x"))
+    run = stopped(context, *(Position(0, "translate", step, 1, 5) for step in (3, 6)))
+    with pytest.raises(ConfigError, match="--resume is never"):
+        rehearse(run, "never")
+    with pytest.raises(ConfigError, match=r"holds newer checkpoints \(translate-000006\)"):
+        rehearse(run, str(run.run_dir / "checkpoints/translate-000003"))
+    with pytest.raises(ArtifactError, match="is not a checkpoint of"):
+        rehearse(run, str(tmp_path / "x"))
+
+
+def test_another_recipe_is_refused(context):
+    stopped(context)
+    other = replace(context, recipe=context.recipe.model_copy(update={"seed": 3}))
+    with pytest.raises(ConfigError, match=r"another recipe \(seed: 17 -> 3\)"):
+        rehearse(other)
+
+
+def test_damage_alone_is_refused(context):
+    run = stopped(context, Position(0, "translate", 3, 1, 5))
+    (run.run_dir / "checkpoints/translate-000003/s").write_text("y")
+    with pytest.raises(ArtifactError, match="no checkpoint to resume from"):
+        rehearse(run)
+
+
+def test_metrics_shorter_than_at_the_checkpoint_are_refused(context):
+    run = stopped(context, Position(0, "translate", 3, 1, 6))
+    with pytest.raises(ArtifactError, match="has 5 bytes, but had 6 when the checkpoint"):
+        rehearse(run)
+
+
+@pytest.mark.parametrize(
+    ("zero", "position", "refused"),
+    [
+        (0, Position(1, "finetune", 3, 2, 5), True),
+        (0, Position(1, "finetune", 3, 1, 5), False),
+        (0, Position(0, "translate", 3, 2, 5), False),
+        (3, Position(1, "finetune", 3, 2, 5), False),
+    ],
+)
+def test_without_zero_3_weights_need_the_ranks_that_wrote_them(context, zero, position, refused):
+    settings = {"zero_optimization": {"stage": zero}}
+    run = stopped(replace(context, deepspeed=settings), position)
+    if not refused:
+        rehearse(run)
+        return
+    with pytest.raises(ConfigError, match=r"written by 2 ranks under ZeRO 0.*start with 2"):
+        rehearse(run)
+
+
+def test_a_run_in_which_a_job_runs_is_refused(context):
+    run = stopped(context)
+    with directory.locked(run.run_dir), pytest.raises(S2T2Error, match="is in use by process"):
+        rehearse(run)
+    rehearse(run)
+    with directory.locked(run.run_dir):  # nobody holds it any more
+        pass
