@@ -118,11 +118,18 @@ def start(command, **environment):
     return subprocess.Popen(command, env=environment, **pipes)
 
 
+def end(process, seconds=120):
+    """Its exit code and what it said on stderr, whose pipe is closed then."""
+    said = process.communicate(timeout=seconds)[1]
+    return process.returncode, said
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, fasta, tokenizer):
     """The bytes that the command makes with one worker."""
     target = tmp_path_factory.mktemp("whole") / "d"
-    assert start(build_command(fasta, tokenizer, target, "--workers", 1)).wait(120) == 0
+    code, said = end(start(build_command(fasta, tokenizer, target, "--workers", 1)))
+    assert code == 0, said
     return contents(target)
 
 
@@ -132,26 +139,26 @@ def test_workers_and_concurrent_ranks_give_the_same_bytes(tmp_path, fasta, token
         command = build_command(fasta, tokenizer, tmp_path / "r", "--workers", 1)
         processes.append(start(command, RANK=str(rank), WORLD_SIZE="3"))
     for process in processes:
-        assert process.wait(120) == 0, process.stderr.read()
+        code, said = end(process)
+        assert code == 0, said
     assert contents(tmp_path / "w") == contents(tmp_path / "r") == whole
 
 
 def is_killed(command, seconds):
     """Start the command and SIGKILL it so much later; False if it was done before."""
-    process = start(command)
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return True
+    with start(command) as process:
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return True
     return False
 
 
 def assert_finishes(command, target, whole):
     """Run again, it leaves the result and nothing else."""
-    process = start(command)
-    assert process.wait(120) == 0, process.stderr.read()
+    code, said = end(start(command))
+    assert code == 0, said
     assert contents(target) == whole
     assert [path.name for path in target.parent.iterdir()] == [target.name]
 
@@ -227,20 +234,19 @@ def test_a_worker_that_dies_is_named_and_the_build_goes_on(tmp_path, fasta, toke
                     os.kill(int(child), signal.SIGKILL)
                     killed = True
         time.sleep(0.01)
-    assert process.wait(30) == 2
-    assert "a worker process was killed" in process.stderr.read()
-    assert start(command).wait(120) == 0
+    code, said = end(process, 30)
+    assert code == 2 and "a worker process was killed" in said
+    assert end(start(command))[0] == 0
     assert contents(tmp_path / "d") == whole
 
 
 def test_workers_end_with_a_killed_parent(tmp_path, fasta, tokenizer):
-    process = start(build_command(fasta, tokenizer, tmp_path / "d", "--workers", 2))
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while len(found := children.read_text().split()) < 3:  # two workers and a resource tracker
-        time.sleep(0.02)
-    time.sleep(0.5)
-    process.kill()
-    process.wait()
+    with start(build_command(fasta, tokenizer, tmp_path / "d", "--workers", 2)) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while len(found := children.read_text().split()) < 3:  # two workers and a resource tracker
+            time.sleep(0.02)
+        time.sleep(0.5)
+        process.kill()
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{child}").exists() for child in found):
         assert time.monotonic() < deadline, "a worker outlived its parent"
