@@ -92,6 +92,7 @@ class BadNetwork:
                     upstream.request(self.command, self.path, body, headers)
                     answer = upstream.getresponse()
                     content = answer.read()
+                    upstream.close()
                 if loses != "nothing":
                     network.lost.set()
                     network._over.wait()

@@ -241,6 +241,7 @@ def test_a_store_that_takes_nothing_does_not_stop_a_run(uri, tmp_path, caplog):
     began = time.monotonic()
     metrics.append("translate", 0, 1, {"loss": 1.0})
     assert time.monotonic() - began < 1.0
+    metrics.close()
     shipper.close("FINISHED", seconds=3)
     assert time.monotonic() - began < 10
     assert [line["loss"] for line in read_metrics(tmp_path)] == [1.0]
