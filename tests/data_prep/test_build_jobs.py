@@ -13,6 +13,7 @@ import pytest
 
 from data_prep.build import BuildOptions, Jobs, build_shards
 from data_prep.readers import RARE_RESIDUES, RESIDUES
+from data_prep.steps import Steps
 from data_prep.tokenizer import train_tokenizer
 from s2t2_dist import artifacts
 from s2t2_dist.data.shards import SPLITS, ShardReader
@@ -93,6 +94,34 @@ def test_ranks_give_the_same_bytes(tmp_path, fasta, tokenizer, reference, packin
             assert not (tmp_path / "d").exists()
     step(0, "seal")
     assert contents(tmp_path / "d") == reference[packing]
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_a_rank_that_is_no_longer_needed_ends_with_the_build(
+    tmp_path, fasta, tokenizer, monkeypatch
+):
+    """Rank 0 publishes while rank 2, which has no shard to pack, still looks for the parts."""
+    monkeypatch.setattr("data_prep.packing.ROWS_PER_SHARD", 1 << 20)  # a shard for each split
+    monkeypatch.setattr("data_prep.build.PATIENCE_SECONDS", 5)
+
+    def step(rank, only=None):
+        return build_shards([fasta], tokenizer, tmp_path / "d", OPTIONS, Jobs(1, rank, 3, only))
+
+    for rank in (0, 1):
+        step(rank, "encode")
+    others, looked, original = [(1, "pack"), (0, None)], [], Steps.missing_parts
+
+    def late(self):
+        looked.append(self.rank)
+        if self.rank == 2 and looked.count(2) == 2:  # rank 2 has encoded, and waits for the others
+            while others:
+                step(*others.pop(0))
+        return original(self)
+
+    monkeypatch.setattr(Steps, "missing_parts", late)
+    step(2)
+    assert not others
+    assert ShardReader(tmp_path / "d", "train").metadata["reading"]["documents"] == 12_000
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
@@ -198,8 +227,6 @@ def test_killed_between_any_two_files(tmp_path, fasta, tokenizer, reference, mon
         pass
 
     names = {"parts": "encode", "plan": "check_counts", "pack": "pack"}
-    from data_prep.steps import Steps
-
     name = names.get(place, place)
     original, calls = getattr(Steps, name), []
 
