@@ -10,7 +10,9 @@ from typing import Annotated, Literal
 
 import typer
 
-tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer on the new domain.")
+tokenizer_app = typer.Typer(
+    no_args_is_help=True, help="Train and compare tokenizers of the new domain."
+)
 data_app = typer.Typer(no_args_is_help=True, help="Turn FASTA or text into training rows.")
 
 Inputs = Annotated[
@@ -30,11 +32,11 @@ TextField = Annotated[str, typer.Option("--field", help="JSON field that holds t
 
 KindOption = Annotated[
     Literal["bpe", "sentencepiece"],
-    typer.Option("--kind", help="Which library trains: tokenizers (BPE) or SentencePiece."),
+    typer.Option("--kind", help="Library that trains: tokenizers (BPE) or SentencePiece."),
 ]
 AlgorithmOption = Annotated[
     Literal["bpe", "unigram"],
-    typer.Option("--algorithm", help="Unigram only with --kind sentencepiece."),
+    typer.Option("--algorithm", help="Model that it trains; unigram by SentencePiece only."),
 ]
 
 
@@ -56,7 +58,7 @@ def tokenizer_train(
     strict: Strict = False,
     field: TextField = "text",
 ):
-    """Train a tokenizer: over amino acid letters for FASTA, byte-level for text.
+    """Train a tokenizer: amino acid letters for FASTA, bytes for text.
 
     Trains on the documents whose ids hash lowest, so the sample does not depend on file order.
 
@@ -78,7 +80,9 @@ def tokenizer_stats(
     top: Annotated[int, typer.Option(min=1, help="Tokens to list of each kind.")] = 10,
     field: TextField = "text",
 ):
-    """Print how a tokenizer cuts a corpus: compression, use of its tokens, the longest ones.
+    """Print how a tokenizer cuts a corpus.
+
+    Compression, unused tokens, and the most used and longest ones.
 
     Example: `s2t2 tokenizer stats tokenizers/protein uniref50.fasta.gz`
     """
@@ -98,14 +102,19 @@ def tokenizer_stats(
 def tokenizer_sweep(
     inputs: Inputs,
     sizes: Annotated[
-        str, typer.Option(help="Vocabulary sizes, with commas between them.")
+        str,
+        typer.Option(
+            help="Vocabulary sizes, separated by commas.", show_default="powers of 2, 32 to 8192"
+        ),
     ] = "32,64,128,256,512,1024,2048,4096,8192",
     kind: KindOption = "bpe",
     algorithm: AlgorithmOption = "bpe",
     sample: Annotated[int, typer.Option(min=1, help="Characters to use.")] = 2_000_000,
     field: TextField = "text",
 ):
-    """Print compression against vocabulary size, on documents that were not trained on.
+    """Print compression against vocabulary size.
+
+    Each size is trained on four fifths of a sample of the documents and measured on the rest.
 
     Example: `s2t2 tokenizer sweep uniref50.fasta.gz --sizes 128,512,2048`
     """
@@ -149,22 +158,23 @@ def data_build(
     strict: Strict = False,
     field: TextField = "text",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes of this rank. Default: its cores.")
+        int | None, typer.Option(min=1, help="Worker processes of this rank; default: its cores.")
     ] = None,
     rank: Annotated[
-        int, typer.Option(envvar="RANK", min=0, help="Which share of the work to do.")
+        int, typer.Option(envvar="RANK", min=0, help="Index of this rank, which does one share.")
     ] = 0,
     ranks: Annotated[
         int, typer.Option(envvar="WORLD_SIZE", min=1, help="Number of ranks that share the work.")
     ] = 1,
     only: Annotated[
         Literal["encode", "pack", "seal"] | None,
-        typer.Option(help="Do one step; for ranks that run at different times."),
+        typer.Option(help="One step to do, for ranks that run at different times."),
     ] = None,
 ):
-    """Tokenize documents into Arrow shards of fixed-length rows, split into train and validation.
+    """Tokenize documents into Arrow shards of fixed-length rows.
 
-    A build that was killed goes on when the command is run again. Many machines: see docs/data.md.
+    Documents are split into train and validation. The same command resumes a build that was
+    killed. Many machines: see docs/data.md.
 
     Example: `s2t2 data build uniref50.fasta.gz --tokenizer tokenizers/protein --out data/protein`
     """
@@ -189,10 +199,14 @@ def data_build(
 @data_app.command("ids")
 def data_ids(
     inputs: Inputs,
-    split: Annotated[str, typer.Option(help="train or validation.")],
-    validation_fraction: Annotated[float, typer.Option(help="As for `data build`.")] = 0.01,
+    split: Annotated[str, typer.Option(help="Part to list: train or validation.")],
+    validation_fraction: Annotated[
+        float, typer.Option(help="Share of documents held out, as for `data build`.")
+    ] = 0.01,
 ):
-    """Print the ids of a split, one a line, before anything is built; for a homology filter.
+    """Print the ids of a split, one per line.
+
+    Needs no build, so that a homology filter can come first.
 
     Example: `s2t2 data ids uniref50.fasta.gz --split validation > validation.ids`
     """
@@ -211,7 +225,7 @@ def data_ids(
 def data_check_release(
     directory: Annotated[Path, typer.Argument(help="A UniRef download with RELEASE.metalink.")],
 ):
-    """Check a UniRef download by the size and md5 that its release states.
+    """Check a UniRef download by its release's size and md5.
 
     Leaves release.json there; `data build` then names the release in the manifest.
 
@@ -226,9 +240,11 @@ def data_check_release(
 
 @data_app.command("verify")
 def data_verify(
-    directory: Annotated[Path, typer.Argument(help="What `s2t2 data build` made.")],
+    directory: Annotated[Path, typer.Argument(help="Data folder of `s2t2 data build`.")],
 ):
-    """Check every file of a data folder against its manifest and print what it holds.
+    """Check a data folder against its manifest.
+
+    Prints what each split holds.
 
     Example: `s2t2 data verify data/protein`
     """

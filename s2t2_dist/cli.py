@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Move a language model to a new tokenizer by sparse Sinkhorn token translation.",
 )
-config_app = typer.Typer(no_args_is_help=True, help="Recipes: print their schema.")
+config_app = typer.Typer(no_args_is_help=True, help="Look up what a recipe may hold.")
 translation_app = typer.Typer(no_args_is_help=True, help="Look into a learned translation.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
@@ -53,15 +53,15 @@ def train(
     ] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ):
-    """Run a recipe: translate, finetune, evaluate. The same command resumes a stopped run.
+    """Run or resume a recipe: translate, finetune, evaluate.
 
     In one process: `s2t2 train launch/recipes/quickstart.yaml output_dir=runs/mine`
 
     On many devices: `launch/run_node.sh --gpus 8 launch/recipes/quickstart.yaml`, or
     `deepspeed --module s2t2_dist.train launch/recipes/quickstart.yaml`
 
-    Exit codes: 0 done, 2 a mistake in the recipe or data, 3 stopped by a signal with a checkpoint
-    written, 4 ended because another rank was lost.
+    The same command resumes a stopped run. Exit codes: 0 done, 2 a mistake in the recipe or data,
+    3 stopped by a signal with a checkpoint written, 4 ended because another rank was lost.
     """
     from s2t2_dist.config import load_recipe
     from s2t2_dist.training import start
@@ -76,9 +76,9 @@ def track(
         float, typer.Option(min=1, help="Seconds to wait for the MLflow server.")
     ] = 60.0,
 ):
-    """Upload metrics that MLflow could not receive; each arrives once.
+    """Upload the metrics that MLflow could not receive.
 
-    `MLFLOW_TRACKING_URI`, where set, wins over the recipe's `tracking.uri`.
+    Each arrives once. `MLFLOW_TRACKING_URI`, if set, wins over the recipe's `tracking.uri`.
 
     Example: `s2t2 track runs/quickstart`
     """
@@ -128,9 +128,11 @@ def plan(
 
 @config_app.command("schema")
 def config_schema():
-    """Print the JSON schema of a recipe; editors complete and check recipes by it.
+    """Print a recipe's JSON schema, for editors that check and complete.
 
-    Example: `s2t2 config schema > recipe.schema.json`, and in the recipe's first line
+    Example: `s2t2 config schema > recipe.schema.json`
+
+    The first line of a recipe then tells an editor with yaml-language-server where it is:
     `# yaml-language-server: $schema=recipe.schema.json`
     """
     import json
@@ -141,7 +143,7 @@ def config_schema():
 
 
 class Dtype(StrEnum):
-    """Of weights and activations."""
+    """What weights and activations may be."""
 
     bfloat16 = "bfloat16"
     float32 = "float32"
@@ -150,16 +152,16 @@ class Dtype(StrEnum):
 @app.command("evaluate")
 def evaluate(
     model_dir: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
-    data_dir: Annotated[Path, typer.Argument(help="What `s2t2 data build` made.")],
-    split: Annotated[str, typer.Option(help="train or validation.")] = "validation",
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per pass.")] = 16,
+    data_dir: Annotated[Path, typer.Argument(help="Data folder of `s2t2 data build`.")],
+    split: Annotated[str, typer.Option(help="Rows to score: train or validation.")] = "validation",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 16,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Of weights and activations; default: as stored.")
+        Dtype | None, typer.Option(help="Weights and activations; default: as stored.")
     ] = None,
 ):
-    """Print loss, perplexity and bits per byte of a model folder on every row of a split.
+    """Print loss, perplexity and bits per byte of a model folder.
 
-    One process; on the GPU where there is one.
+    Scores every row of a split, in one process, on the GPU if there is one.
 
     Example: `s2t2 evaluate exports/protein data/protein`
     """
@@ -176,7 +178,9 @@ def export(
         str, typer.Option(help="Size of the largest safetensors file.")
     ] = "5GB",
 ):
-    """Write a finished run's model as a Hugging Face folder, verified before it appears.
+    """Write a finished run's model as a Hugging Face folder.
+
+    The folder is verified before it appears.
 
     Example: `s2t2 export runs/quickstart --out exports/protein`
     """
@@ -188,7 +192,9 @@ def export(
 
 @app.command("verify")
 def verify(model_dir: Annotated[Path, typer.Argument(help="Hugging Face folder.")]):
-    """Check that a model folder is what its config and tokenizer say; exit code 2 if it is not.
+    """Check that a model folder fits its config and tokenizer.
+
+    Prints every check; exit code 2 if one fails.
 
     Example: `s2t2 verify exports/protein`
     """
@@ -204,7 +210,7 @@ def verify(model_dir: Annotated[Path, typer.Argument(help="Hugging Face folder."
 @translation_app.command("show")
 def translation_show(
     path: Annotated[Path, typer.Argument(help="A run's translation/ folder.")],
-    top: Annotated[int, typer.Option(min=1, help="Source tokens per target token.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="Source tokens to print of each.")] = 5,
     source_tokenizer: Annotated[
         Path | None,
         typer.Option(help="Tokenizer folder; default: the base model's, if it is there."),
@@ -213,7 +219,9 @@ def translation_show(
         Path | None, typer.Option(help="Tokenizer folder; default: the data's, if it is there.")
     ] = None,
 ):
-    """Print a plan's statistics and the source tokens behind its sharpest target tokens.
+    """Print a plan's statistics and its sharpest target tokens.
+
+    Each target token comes with the source tokens that it is made of.
 
     Example: `s2t2 translation show runs/quickstart/translation`
     """
@@ -231,7 +239,9 @@ def compare(
         Path, typer.Option("--out", help="Folder for the three files, which are replaced.")
     ],
 ):
-    """Print the table of finished runs; write it with a figure (table.md, table.json, figure.png).
+    """Print a table of finished runs; write it with a figure.
+
+    The files are table.md, table.json and figure.png.
 
     Example: `s2t2 compare runs/quickstart runs/quickstart-truncated --out runs/comparison`
     """

@@ -11,15 +11,17 @@ import random
 import shutil
 import string
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import rich
-import torch
-from transformers import OlmoConfig, OlmoForCausalLM
 
 from data_prep.build import BuildOptions, build_shards
 from data_prep.readers import RESIDUES
 from data_prep.tokenizer import train_tokenizer
+
+if TYPE_CHECKING:
+    import torch
 
 CONTEXT = 32
 PROTEIN_VOCAB = 64
@@ -39,9 +41,16 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
 
 
 def make_source_model(
-    folder: Path, tokenizer: Path, *, tied: bool = True, dtype: torch.dtype = torch.float32
+    folder: Path, tokenizer: Path, *, tied: bool = True, dtype: "torch.dtype | None" = None
 ) -> Path:
-    """A random OLMo of two layers, width 32, with this tokenizer, as a Hugging Face folder."""
+    """A random OLMo of two layers, width 32, with this tokenizer, as a Hugging Face folder.
+
+    Args:
+        dtype: of the stored weights; float32 by default.
+    """
+    import torch  # here, so that pytest's processes that make no model start at once
+    from transformers import OlmoConfig, OlmoForCausalLM
+
     config = OlmoConfig(
         vocab_size=SOURCE_VOCAB,
         hidden_size=32,
@@ -54,7 +63,7 @@ def make_source_model(
         pad_token_id=1,
     )
     torch.manual_seed(17)
-    OlmoForCausalLM(config).to(dtype).save_pretrained(folder)
+    OlmoForCausalLM(config).to(dtype or torch.float32).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tokenizer / name, folder / name)
     return folder

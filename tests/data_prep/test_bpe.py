@@ -71,7 +71,7 @@ def test_many_ranks():
 RANDOM_BPE = trained(120)
 
 
-@settings(max_examples=2000, deadline=None, database=None)
+@settings(max_examples=500, deadline=None, database=None)
 @given(st.lists(st.text(alphabet="ALGHKQX", max_size=60), min_size=1, max_size=4))
 def test_random_texts(texts):
     assert_same(RANDOM_BPE, texts)

@@ -1,4 +1,7 @@
-"""The console command as a user runs it: what it says, its exit code and what it leaves behind."""
+"""The console command: what it says, its exit code and what it leaves behind.
+
+A few tests start it as a user does; the others call what its entry point calls.
+"""
 
 import gzip
 import os
@@ -14,16 +17,31 @@ import pytest
 
 from data_prep.readers import RESIDUES
 from data_prep.tokenizer import train_tokenizer
+from s2t2_dist.cli import run
 
 ROOT = Path(__file__).parents[2]
 
 
-def s2t2(*arguments, cwd=ROOT):
+def start_s2t2(*arguments, cwd=ROOT):
+    """The command in a process of its own."""
     command = [sys.executable, "-m", "s2t2_dist.cli", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         command, capture_output=True, text=True, timeout=120, cwd=cwd, env=environment
     )
+
+
+@pytest.fixture
+def s2t2(capfd):
+    """The command in this process, with what it printed."""
+
+    def call(*arguments):
+        arguments = list(map(str, arguments))
+        capfd.readouterr()
+        code = run(arguments)
+        return subprocess.CompletedProcess(arguments, code, *capfd.readouterr())
+
+    return call
 
 
 def fasta_text(count=200, length=100, seed=0):
@@ -47,22 +65,23 @@ def assert_user_error(done, message):
     assert message in done.stderr
 
 
-def test_from_fasta_to_verified_shards(tmp_path):
+def test_from_fasta_to_verified_shards(tmp_path, s2t2, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "p.fasta.gz").write_bytes(gzip.compress(fasta_text().encode()))
     train = ("tokenizer", "train", "p.fasta.gz", "--vocab-size", 64, "--out", "new/t")
     build = ("data", "build", "p.fasta.gz", "--tokenizer", "new/t", "--context", 64)
     build += ("--validation-fraction", 0.2, "--out", "new/d")
     for command, word in ((train, "new/t"), (build, "new/d")):
-        first = s2t2(*command, cwd=tmp_path)
+        first = start_s2t2(*command, cwd=tmp_path)
         assert (first.returncode, first.stdout) == (0, f"{word} written\n"), first.stderr
-        again = s2t2(*command, cwd=tmp_path)
+        again = s2t2(*command)
         assert (again.returncode, again.stdout) == (0, f"{word} is already complete\n")
-    verified = s2t2("data", "verify", "new/d", cwd=tmp_path)
+    verified = s2t2("data", "verify", "new/d")
     assert verified.returncode == 0
     counts = re.findall(r"^(train|validation): .* ([\d,]+) bytes", verified.stdout, re.MULTILINE)
     assert [split for split, _ in counts] == ["train", "validation"]
     assert sum(int(count.replace(",", "")) for _, count in counts) == 200 * 100
-    assert_user_error(s2t2(*build, "--seed", 3, cwd=tmp_path), "another seed")
+    assert_user_error(start_s2t2(*build, "--seed", 3, cwd=tmp_path), "another seed")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["d", "t"]
 
 
@@ -76,7 +95,7 @@ def test_from_fasta_to_verified_shards(tmp_path):
         (b">a\nAC1D\n", "line 2: '1'"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, tokenizer, content, message):
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, tokenizer, s2t2, content, message):
     source = tmp_path / "input"
     source.write_bytes(content)
     target = tmp_path / "out" / "made"
@@ -88,7 +107,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, tokenizer, content, 
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == [source]
 
 
-def test_what_was_left_out_is_said_once_on_stderr(tmp_path, tokenizer):
+def test_what_was_left_out_is_said_once_on_stderr(tmp_path, tokenizer, s2t2):
     source = tmp_path / "x.fasta"
     source.write_text(fasta_text() + ">odd\nacD1F*\n>none\n")
     build = ("data", "build", source, "--tokenizer", tokenizer, "--validation-fraction", 0.2)
@@ -108,7 +127,7 @@ def test_what_was_left_out_is_said_once_on_stderr(tmp_path, tokenizer):
     assert_user_error(s2t2(*build, tmp_path / "e", "--strict"), "line 402: '1' in record odd")
 
 
-def test_vocabulary_too_large_for_the_data(tmp_path):
+def test_vocabulary_too_large_for_the_data(tmp_path, s2t2):
     source = tmp_path / "p.fasta"
     source.write_text(">a\nACDEFGHIKLACDEFG\n")
     done = s2t2("tokenizer", "train", source, "--vocab-size", 512, "--out", tmp_path / "t")
@@ -116,7 +135,7 @@ def test_vocabulary_too_large_for_the_data(tmp_path):
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_letter_that_the_tokenizer_lacks(tmp_path, tokenizer):
+def test_letter_that_the_tokenizer_lacks(tmp_path, tokenizer, s2t2):
     source = tmp_path / "x.jsonl"
     source.write_text('{"text": "ACDEF"}\n{"id": "bad", "text": "ACdEF"}\n')
     done = s2t2("data", "build", source, "--tokenizer", tokenizer, "--out", tmp_path / "d")
@@ -124,7 +143,7 @@ def test_letter_that_the_tokenizer_lacks(tmp_path, tokenizer):
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_missing_things(tmp_path, tokenizer):
+def test_missing_things(tmp_path, tokenizer, s2t2):
     absent = tmp_path / "absent"
     assert_user_error(s2t2("tokenizer", "train", absent, "--out", tmp_path / "t"), "does not exist")
     build = ("data", "build", tokenizer.parent / "p.fasta", "--out", tmp_path / "d")
@@ -135,7 +154,7 @@ def test_missing_things(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("option", ["--unknown", "--context=x"])
-def test_wrong_usage_exits_with_2(tmp_path, option):
+def test_wrong_usage_exits_with_2(tmp_path, s2t2, option):
     done = s2t2("data", "build", "x", "--tokenizer", "t", "--out", tmp_path / "d", option)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
@@ -161,29 +180,30 @@ def small_disk(tmp_path):
 
 
 # The spilled tokens, the shards and the manifest meet a full disk at different sizes.
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["16k", "320k", "1m", "2m"])
 def test_full_disk_while_building(tmp_path, tokenizer, small_disk, size):
     source = tmp_path / "big.fasta"
     source.write_text(fasta_text(count=6000, seed=1))
     disk = small_disk(size)
     build = ("data", "build", source, "--tokenizer", tokenizer, "--out", disk / "d")
-    assert_user_error(s2t2(*build), "no space left")
+    assert_user_error(start_s2t2(*build), "no space left")
     assert [path.name for path in disk.iterdir()] == [".d.partial"]
     # With more space it goes on, and leaves nothing but the result.
     subprocess.run(["mount", "-o", "remount,size=32m", str(disk)], check=True)
-    assert s2t2(*build).returncode == 0
+    assert start_s2t2(*build).returncode == 0
     assert [path.name for path in disk.iterdir()] == ["d"]
 
 
 def test_full_disk_while_writing_a_tokenizer(tokenizer, small_disk):
     disk = small_disk("4k")
     source = tokenizer.parent / "p.fasta"
-    done = s2t2("tokenizer", "train", source, "--vocab-size", 200, "--out", disk / "t")
+    done = start_s2t2("tokenizer", "train", source, "--vocab-size", 200, "--out", disk / "t")
     assert_user_error(done, "no space left")
     assert list(disk.iterdir()) == []
 
 
-def test_help_is_quick_and_teaches():
+def test_help_is_quick_and_teaches(s2t2):
     command = [sys.executable, "-X", "importtime", "-m", "s2t2_dist.cli", "--help"]
     start = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
