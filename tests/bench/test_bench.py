@@ -148,6 +148,7 @@ def test_memory_formula():
     assert 2 * rank_memory(V, U, D, 8, tied=True)["rows of E and L"] == eight["rows of E and L"]
 
 
+@pytest.mark.slow
 def test_a_sharded_step_sends_what_the_formula_says(tmp_path):
     shape = scaling.Shape(V=70, U=48, D=12, steps=1)
     results = run_ranks(scaling.measure_rank, 2, tmp_path, shape)

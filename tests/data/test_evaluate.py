@@ -62,6 +62,7 @@ def test_equals_the_loss_of_transformers(batch_size, oracle, source_model, sourc
     assert found.perplexity == pytest.approx(math.exp(oracle.nats / oracle.tokens), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_is_exact_on_two_ranks(oracle, source_model, source_data, tmp_path):
     """200 rows: with 3 a rank the last pass is short; with 150 the second rank gets only 50."""
     ranks = run_ranks(evaluate_with, 2, tmp_path, source_model, source_data, (3, 150))

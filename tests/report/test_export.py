@@ -56,6 +56,7 @@ def exported(run_dir, tmp_path):
     return tmp_path / "exports" / "proteins"
 
 
+@pytest.mark.slow
 def test_loads_where_this_package_cannot_be_imported(exported, protein_data, tmp_path):
     reader = ShardReader(protein_data, "validation")
     rows = [reader[i][: reader.length(i)].tolist() for i in range(len(reader))]
