@@ -126,6 +126,7 @@ def test_ratios_and_floor_are_those_of_the_figures():
     assert "| 20.0x |" in row and "| 0.12 |" in row
 
 
+@pytest.mark.slow
 def test_gives_up_what_does_not_fit_or_takes_too_long():
     small = dataclasses.replace(TINY, V=4096, U=4096, memory_gib=0.2)
     assert transport.run_alone(small) == {"skipped": "given up: needs more than 0.2 GiB"}

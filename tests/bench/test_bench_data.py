@@ -55,6 +55,7 @@ def test_the_table_goes_between_its_marks():
     assert data_page.with_projection(found, REPORT) == found
 
 
+@pytest.mark.slow
 def test_everyone_does_the_same_work(fasta, tmp_path):
     train_tokenizer([fasta], tmp_path / "t", 60)
     texts = data.sequences(fasta)

@@ -163,6 +163,7 @@ def test_command_prints_json(capsys):
             assert sum(stage["phases"][stage["peak_phase"]].values()) == stage["peak"]
 
 
+@pytest.mark.slow
 def test_command_prints_every_file_and_the_advice(capsys, print_width):
     print_width(200)
     command = ["plan", str(ONE_B), "--gpus", "16", "--gpu-memory", "80", *DATA]
