@@ -35,11 +35,13 @@ def score(
     require_tokenizer(reader.metadata, model_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wanted = "auto" if dtype is None else getattr(torch, dtype)
-    lm = AutoModelForCausalLM.from_pretrained(model_dir, dtype=wanted).to(device).eval()
-    if reader.metadata["vocab_size"] > lm.config.vocab_size:
+    lm = AutoModelForCausalLM.from_pretrained(model_dir, dtype=wanted, trust_remote_code=False)
+    lm = lm.to(device).eval()
+    rows = len(lm.get_input_embeddings().weight)
+    if reader.metadata["vocab_size"] > rows:
         raise DataError(
             f"{data_dir} holds token ids up to {reader.metadata['vocab_size'] - 1}, but "
-            f"the embedding of {model_dir} has {lm.config.vocab_size} rows; build the data for "
+            f"the embedding of {model_dir} has {rows} rows; build the data for "
             "this model"
         )
     console = Console(stderr=True)

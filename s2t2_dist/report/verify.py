@@ -16,12 +16,13 @@ import torch
 from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from s2t2_dist import artifacts
 from s2t2_dist.data.shards import TOKENIZER_JSON
 from s2t2_dist.errors import ArtifactError, S2T2Error
-from s2t2_dist.lm.folder import WeightFiles
+from s2t2_dist.lm.architecture import on_meta, read_config
+from s2t2_dist.lm.folder import WeightFiles, loading_report
 
 # Manifest key: ids of tokens that no training row contained. Their embeddings may be equal.
 UNTRAINED = "untrained_token_ids"
@@ -97,13 +98,13 @@ class _Folder:
 
     @cached_property
     def config(self):
-        return AutoConfig.from_pretrained(self.path)
+        return read_config(self.path)
 
     @cached_property
     def tokenizer(self):
         if not (self.path / TOKENIZER_JSON).is_file():
             raise _CheckError(f"{TOKENIZER_JSON} is missing")
-        return AutoTokenizer.from_pretrained(self.path)
+        return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
 
     @cached_property
     def token_ids(self) -> list[int]:
@@ -133,9 +134,9 @@ class _Folder:
     @property
     def matrices(self) -> dict[str, str]:
         """Role ("embedding", "LM head") -> name of the weight in the files."""
-        weights = self.weights
-        named = {"embedding": weights.embed_name}
-        return named if weights.tied else {**named, "LM head": weights.head_name}
+        weights = self.weights.vocabulary
+        named = {"embedding": weights.embed}
+        return named if weights.tied else {**named, "LM head": weights.head}
 
     def read(self, name: str) -> torch.Tensor:
         if name not in self.weights.file_of:
@@ -163,20 +164,16 @@ def _files(model: _Folder) -> str:
 
 
 def _parameters(model: _Folder) -> str:
-    """The files hold every parameter of the architecture, in its shape, and nothing else."""
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(model.config)
-    expected = {name: list(parameter.shape) for name, parameter in lm.named_parameters()}
-    known = lm.state_dict().keys()
-    for name, shape in expected.items():
-        if name not in model.in_files:
-            raise _CheckError(f"{name} is not in the files")
-        if model.in_files[name][0] != shape:
-            raise _CheckError(f"{name} is {model.in_files[name][0]}, the config expects {shape}")
-    if surplus := sorted(model.in_files.keys() - known):
-        raise _CheckError(f"{surplus[0]} is in the files but not in the architecture")
-    count = sum(parameter.numel() for parameter in lm.parameters())
-    return f"{len(expected)} tensors, {count:,} parameters"
+    """The files hold all that the architecture stores, in its shape, and nothing else."""
+    report = loading_report(model.path)
+    for name in report.missing:
+        raise _CheckError(f"{name} is not in the files")
+    for name, found, expected in report.mismatched:
+        raise _CheckError(f"{name} is {list(found)}, the config expects {list(expected)}")
+    for name in report.unexpected:
+        raise _CheckError(f"{name} is in the files but not in the architecture")
+    count = sum(parameter.numel() for parameter in on_meta(model.config).parameters())
+    return f"{len(model.in_files)} tensors, {count:,} parameters"
 
 
 def _row_counts(model: _Folder) -> str:
@@ -194,11 +191,18 @@ def _row_counts(model: _Folder) -> str:
 
 
 def _finite(model: _Folder) -> str:
-    for what, name in model.matrices.items():
-        bad = (~model.read(name).isfinite()).any(dim=1).nonzero().flatten().tolist()
-        if bad:
-            raise _CheckError(f"{what} rows with NaN or infinity: {model.describe(bad)}")
-    return "every value is finite"
+    """Every tensor in the files, one at a time."""
+    for name in model.in_files:
+        values = model.read(name)
+        bad = ~values.isfinite()
+        if not bad.any():
+            continue
+        what = next((what for what, matrix in model.matrices.items() if matrix == name), None)
+        if what:
+            ids = bad.any(dim=1).nonzero().flatten().tolist()
+            raise _CheckError(f"{what} rows with NaN or infinity: {model.describe(ids)}")
+        raise _CheckError(f"{name} holds NaN or infinity in {int(bad.sum()):,} entries")
+    return f"every value of {len(model.in_files)} tensors is finite"
 
 
 def _no_zero_rows(model: _Folder) -> str:
@@ -274,16 +278,14 @@ def _padding(model: _Folder) -> str:
 
 
 def _tied(model: _Folder) -> str:
-    weights = model.weights
-    head = weights.head_key in model.in_files
-    if not weights.tied:
-        if not head:
-            raise _CheckError(f"the config says untied, but {weights.head_key} is not in the files")
+    vocabulary = model.weights.vocabulary
+    name = vocabulary.heads[-1]
+    if not vocabulary.tied:
+        if name not in model.in_files:
+            raise _CheckError(f"the config says untied, but {name} is not in the files")
         return "untied, both matrices in the files"
-    if head and not torch.equal(model.read(weights.head_key), model.read(weights.embed_name)):
-        raise _CheckError(
-            f"the config says tied, but {weights.head_key} differs from the embedding"
-        )
+    if name in model.in_files and not torch.equal(model.read(name), model.read(vocabulary.embed)):
+        raise _CheckError(f"the config says tied, but {name} differs from the embedding")
     return "tied, one matrix"
 
 

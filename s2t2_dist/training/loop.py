@@ -130,6 +130,7 @@ class Trainer:
             runner.load(self.resume_dir, self.position.world_size)
         progress = Progress(stage.name, start, stage.max_steps, self.comm.rank)
         if not resuming:
+            runner.probe()
             evaluation = self._evaluate(runner, stage)
             self._log(stage, index, 0, evaluation.metrics(), progress)
         elif start == stage.max_steps:  # its last evaluation is in the metrics already
