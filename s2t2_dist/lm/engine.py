@@ -278,7 +278,7 @@ class FrozenLM:
 
     def train_mode(self, on: bool) -> None:
         """Recompute activations if it is on and was asked for; there is never any dropout."""
-        recompute_only(self.engine, on and self.recompute)
+        recompute_only(self.engine.module, on and self.recompute)
 
     def logits(
         self,
@@ -288,7 +288,8 @@ class FrozenLM:
     ) -> torch.Tensor:
         """Next-token logits (B, T, U) with E', L' (U, D) and b' (U,) in the model's own forward."""
         self.slots.fill(*vocabulary)
-        return _logits(self.engine, input_ids_BT, position_ids_BT)
+        # Not the engine itself: it wants the loss to go through its own backward.
+        return _logits(self.engine.module, input_ids_BT, position_ids_BT)
 
     def close(self) -> None:
         """Give the memory back before the next stage."""
@@ -298,11 +299,11 @@ class FrozenLM:
 
 
 def _logits(
-    engine: torch.nn.Module, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor | None
+    lm: torch.nn.Module, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor | None
 ) -> torch.Tensor:
     """Some architectures take no position ids."""
     positions = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
-    return engine(input_ids=input_ids_BT, **positions, use_cache=False).logits
+    return lm(input_ids=input_ids_BT, **positions, use_cache=False).logits
 
 
 def gathered_rows(parameter: torch.nn.Parameter, rows_R: torch.Tensor) -> torch.Tensor:

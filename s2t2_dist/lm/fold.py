@@ -71,6 +71,21 @@ def fold(source: Path, target: Path, translate: RowMap, special_ids: dict[str, i
     save_configs(config, special_ids, target, source)
 
 
+def require_translatable(weights: WeightFiles, size: int) -> None:
+    """Check that the model can have another vocabulary: that of `size` tokens.
+
+    Raises:
+        ConfigError: more than an embedding and a head depends on tokens, or they cannot be apart.
+    """
+    if weights.vocabulary.other:
+        raise ConfigError(
+            f"{weights.folder}: beside embedding and LM head the model holds "
+            f"{weights.vocabulary.other[0]}, which depends on the vocabulary and has no "
+            "translation; choose another model"
+        )
+    folded_config(weights.config, size)
+
+
 def folded_config(config: PretrainedConfig, size: int) -> PretrainedConfig:
     """The config of a model with U tokens, untied.
 

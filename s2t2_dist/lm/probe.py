@@ -79,16 +79,16 @@ def probe_engine(
     def check() -> None:
         if comm.rank != 0:
             return
-        if later > TOLERANCE[found.dtype]:
-            raise ConfigError(
-                f"a token's logits depend on the tokens after it (they change by {later:.1%}): "
-                "this is no causal language model; choose another model"
-            )
         if (off := difference(found, expected())) > TOLERANCE[found.dtype]:
             raise ConfigError(
                 f"the model under DeepSpeed differs from the model by transformers alone: logits "
                 f"of the same tokens are off by {off:.1%} of the largest; this architecture cannot "
                 "be trained here: choose another model, and report this"
+            )
+        if later > TOLERANCE[found.dtype]:
+            raise ConfigError(
+                f"a token's logits depend on the tokens after it (they change by {later:.1%}): "
+                "this is no causal language model; choose another model"
             )
 
     agree(comm, check, "comparing the engine with the plain model")
@@ -103,7 +103,15 @@ def _require_documents_apart(logits: Logits, input_ids_BT: torch.Tensor) -> None
     rows_BT[1] = rows_BT[0]
     rows_BT[1, :half] = rows_BT[0, half:]
     positions_T = torch.arange(TOKENS, device=rows_BT.device) % half
-    found = logits(rows_BT, positions_T.repeat(2, 1))
+    try:
+        found = logits(rows_BT, positions_T.repeat(2, 1))
+    except TypeError as error:
+        raise collective(
+            ConfigError(
+                "data.document_mask: this architecture takes no position ids, by which documents "
+                f"are kept apart ({error}); leave it out"
+            )
+        ) from None
     off = difference(found[1, half:], found[0, half:])
     if off > TOLERANCE[found.dtype]:  # the same on every rank, which all run the same rows
         raise collective(

@@ -21,10 +21,10 @@ class VocabularySlots:
         self.embed, self.head = lm.get_input_embeddings(), lm.get_output_embeddings()
         self.embed.padding_idx = None  # an id of the source vocabulary
         self.has_bias = getattr(self.head, "bias", None) is not None
-        for module in (self.embed, self.head):
-            del module.weight
-        if self.has_bias:
-            del self.head.bias
+        for module, name in ((self.embed, "weight"), (self.head, "weight"), (self.head, "bias")):
+            if name in module._parameters:
+                delattr(module, name)
+                setattr(module, name, None)  # no parameter any more: any tensor may stand here
 
     def fill(
         self,

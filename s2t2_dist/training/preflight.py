@@ -33,7 +33,7 @@ from s2t2_dist.config import (
 from s2t2_dist.data.shards import require_tokenizer, tokenizer_sha256
 from s2t2_dist.errors import ConfigError, PreflightError, collective
 from s2t2_dist.lm.architecture import random_lm_config
-from s2t2_dist.lm.fold import folded_config
+from s2t2_dist.lm.fold import require_translatable
 from s2t2_dist.lm.folder import WeightFiles, local_folder
 from s2t2_dist.lm.sizes import (
     CHECKPOINT_BYTES,
@@ -159,7 +159,7 @@ def _check_translate(stage: Translate, weights: WeightFiles, deepspeed: dict, U:
             f"deepspeed: zero_optimization.stage is {zero}, which cannot hold a frozen model; "
             f"stage {stage.name} needs 3 (or 0, a whole model on every rank)"
         )
-    _check_vocabulary(stage.name, weights, U)
+    require_translatable(weights, U)
     source_rows(stage, weights)
 
 
@@ -168,7 +168,7 @@ def _check_finetune(stage: Finetune, weights: WeightFiles, data: dict) -> None:
         require_tokenizer(data, weights.folder)
         return
     U, V = data["vocab_size"], weights.vocabulary.size
-    _check_vocabulary(stage.name, weights, U)
+    require_translatable(weights, U)
     if stage.init == "truncate" and U > V:
         raise ConfigError(
             f"stages.{stage.name}.init: truncate keeps {U} rows, but the "
@@ -176,17 +176,6 @@ def _check_finetune(stage: Finetune, weights: WeightFiles, data: dict) -> None:
         )
     if stage.init == "translation" and stage.translation is not None:
         check_translation(load_translation(stage.translation), weights.folder, data)
-
-
-def _check_vocabulary(stage_name: str, weights: WeightFiles, U: int) -> None:
-    """Embedding and head are all that depends on tokens, and can be those of U tokens."""
-    if weights.vocabulary.other:
-        raise ConfigError(
-            f"stages.{stage_name}: beside embedding and LM head the model holds "
-            f"{weights.vocabulary.other[0]}, which depends on the vocabulary and has no "
-            "translation; choose another model"
-        )
-    folded_config(weights.config, U)
 
 
 def check_room(context: Context) -> None:
