@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from s2t2_dist.errors import ConfigError
@@ -136,7 +137,7 @@ def save_configs(
     generation = GenerationConfig()
     if (source / GENERATION).is_file():
         generation = GenerationConfig.from_pretrained(source)
-    generation.update(**ids)
+    generation.update(**{name: getattr(config.get_text_config(), name) for name in ids})
     generation.save_pretrained(folder)
 
 
@@ -145,5 +146,5 @@ def _set_id(config: PretrainedConfig, name: str, value: int | None, instead: int
     try:
         setattr(config, name, value)
         type(config).from_dict(config.to_dict())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, StrictDataclassError):
         setattr(config, name, instead)

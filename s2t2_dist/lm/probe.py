@@ -122,6 +122,25 @@ def _require_documents_apart(logits: Logits, input_ids_BT: torch.Tensor) -> None
         )
 
 
+def require_folded(before: float, after: float, dtype: torch.dtype) -> None:
+    """Check that a folded model starts with the loss at which its translation ended.
+
+    Args:
+        before, after: nats per token on the validation split, the same on every rank.
+
+    Raises:
+        ArtifactError: on every rank: the folded model is not the translated one.
+    """
+    if not abs(after - before) <= TOLERANCE[dtype] * max(1.0, before):
+        raise collective(
+            ArtifactError(
+                f"the folded model has a loss of {after:.6f} nats per token, its translation ended "
+                f"at {before:.6f}: this architecture cannot be folded exactly; choose another "
+                "model, and report this"
+            )
+        )
+
+
 def require_written(folder: Path, input_ids_BT: torch.Tensor, logits_BTU: torch.Tensor) -> None:
     """Check that a written model, loaded by transformers alone, gives the trainer's logits.
 

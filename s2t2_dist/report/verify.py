@@ -16,7 +16,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from s2t2_dist import artifacts
 from s2t2_dist.data.shards import TOKENIZER_JSON
@@ -100,6 +100,11 @@ class _Folder:
     def config(self):
         return read_config(self.path)
 
+    @property
+    def text(self):
+        """The config of the language model, which may be a part of the whole."""
+        return self.config.get_text_config()
+
     @cached_property
     def tokenizer(self):
         if not (self.path / TOKENIZER_JSON).is_file():
@@ -133,16 +138,29 @@ class _Folder:
 
     @property
     def matrices(self) -> dict[str, str]:
-        """Role ("embedding", "LM head") -> name of the weight in the files."""
+        """Role ("embedding", "LM head") -> name of the weight in the architecture."""
         weights = self.weights.vocabulary
         named = {"embedding": weights.embed}
         return named if weights.tied else {**named, "LM head": weights.head}
 
+    @cached_property
+    def converted(self) -> dict[str, torch.Tensor] | None:
+        """Every tensor, loaded by transformers, where the files hold them in another form."""
+        if self.weights.as_stored:
+            return None
+        return AutoModelForCausalLM.from_pretrained(
+            self.path, dtype="auto", trust_remote_code=False
+        ).state_dict()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors that `read` gives, in the architecture's form."""
+        return list(self.in_files if self.converted is None else self.converted)
+
     def read(self, name: str) -> torch.Tensor:
-        if name not in self.weights.file_of:
+        if name not in self.names:
             raise _CheckError(f"{name} is not in the files")
-        with safe_open(self.path / self.weights.file_of[name], "pt") as f:
-            return f.get_tensor(name)
+        return self.weights.read(name) if self.converted is None else self.converted[name]
 
     def describe(self, ids: list[int]) -> str:
         shown = [f"{i} {self.tokenizer.convert_ids_to_tokens(i)!r}" for i in ids[:4]]
@@ -177,11 +195,11 @@ def _parameters(model: _Folder) -> str:
 
 
 def _row_counts(model: _Folder) -> str:
-    largest, stated = model.token_ids[-1], model.config.vocab_size
+    largest, stated = model.token_ids[-1], model.text.vocab_size
     for what, name in model.matrices.items():
-        if name not in model.in_files:
+        if name not in model.names:
             raise _CheckError(f"the {what} {name} is not in the files")
-        rows = model.in_files[name][0][0]
+        rows = len(model.read(name))
         if rows != stated:
             raise _CheckError(f"the {what} has {rows} rows, config.vocab_size is {stated}")
     if largest >= stated:
@@ -192,7 +210,7 @@ def _row_counts(model: _Folder) -> str:
 
 def _finite(model: _Folder) -> str:
     """Every tensor in the files, one at a time."""
-    for name in model.in_files:
+    for name in model.names:
         values = model.read(name)
         bad = ~values.isfinite()
         if not bad.any():
@@ -202,7 +220,7 @@ def _finite(model: _Folder) -> str:
             ids = bad.any(dim=1).nonzero().flatten().tolist()
             raise _CheckError(f"{what} rows with NaN or infinity: {model.describe(ids)}")
         raise _CheckError(f"{name} holds NaN or infinity in {int(bad.sum()):,} entries")
-    return f"every value of {len(model.in_files)} tensors is finite"
+    return f"every value of {len(model.names)} tensors is finite"
 
 
 def _no_zero_rows(model: _Folder) -> str:
@@ -252,9 +270,12 @@ def _special_ids(model: _Folder) -> str:
     found = []
     for kind in ("bos", "eos", "pad"):
         key = f"{kind}_token_id"
+        own = getattr(model.tokenizer, key)
+        if kind == "bos" and own is None and getattr(model.text, key, None) is not None:
+            own = model.tokenizer.eos_token_id  # some config classes want one
         values = {
-            "tokenizer": getattr(model.tokenizer, key),
-            "config.json": getattr(model.config, key, None),
+            "tokenizer": own,
+            "config.json": getattr(model.text, key, None),
             "generation_config.json": getattr(model.generation, key),
         }
         if any(_as_set(value) != _as_set(values["config.json"]) for value in values.values()):
@@ -281,10 +302,10 @@ def _tied(model: _Folder) -> str:
     vocabulary = model.weights.vocabulary
     name = vocabulary.heads[-1]
     if not vocabulary.tied:
-        if name not in model.in_files:
+        if name not in model.names:
             raise _CheckError(f"the config says untied, but {name} is not in the files")
         return "untied, both matrices in the files"
-    if name in model.in_files and not torch.equal(model.read(name), model.read(vocabulary.embed)):
+    if name in model.names and not torch.equal(model.read(name), model.read(vocabulary.embed)):
         raise _CheckError(f"the config says tied, but {name} differs from the embedding")
     return "tied, one matrix"
 

@@ -31,6 +31,12 @@ def make_stage(context: Context, stage: Stage) -> StageRunner:
     return WeightStage(context, stage, starting_model(context, stage))
 
 
+def uses_translation_of_run(stage: Stage) -> bool:
+    """Whether a stage starts from the translation that an earlier stage of its run learned."""
+    finetunes = isinstance(stage, Finetune) and stage.init == "translation"
+    return finetunes and stage.translation is None
+
+
 def starting_model(context: Context, stage: Stage) -> Path:
     """The folder that a weight stage starts from; rank 0 makes it where it must be made."""
     if isinstance(stage, Finetune) and stage.init == "source":

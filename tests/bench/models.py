@@ -40,13 +40,17 @@ def outcome(model_type: str, tokenizer: Path) -> str:
         return f"not tried: no small config ({_short(error)})"
     folder = Path(tempfile.mkdtemp())
     try:
-        make_model(config, tokenizer, folder / "base")
-    except Exception as error:
-        return f"not tried: {_short(error)}"
-    try:
-        return _translate(folder)
-    except S2T2Error as error:
-        return f"refused: {str(error).replace(str(folder), '').lstrip('/')}"
+        try:
+            base = make_model(config, tokenizer, folder / "base")
+            plain_logits(base, probe_rows(SELECTED, torch.device("cpu")))
+        except Exception as error:
+            return f"not tried: {_short(error)}"
+        try:
+            return _translate(folder)
+        except S2T2Error as error:
+            return f"refused: {str(error).replace(str(folder), '').lstrip('/')}"
+        except Exception as error:
+            return f"TRACEBACK: {_short(error)}"
     finally:
         shutil.rmtree(folder)
 

@@ -48,9 +48,25 @@ MORE = {
         "v_head_dim": 8,
         "head_dim": 8,
     },
-    "falcon_h1": {"lm_head_multiplier": 0.5, "embedding_multiplier": 2.0},
+    "falcon_h1": {
+        **{"lm_head_multiplier": 0.5, "embedding_multiplier": 2.0, "mamba_d_state": 8},
+        **{"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_chunk_size": 16},
+    },
     "minicpm3": {"num_key_value_heads": 4},
     "opt": {"word_embed_proj_dim": 16},
+    "gemma3": {
+        "text_config": {**dict.fromkeys(("hidden_size", "intermediate_size"), 32), "head_dim": 8},
+        "vision_config": {
+            **dict.fromkeys(("hidden_size", "intermediate_size"), 16),
+            **{
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+        },
+        "mm_tokens_per_image": 4,
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
 }
 
@@ -64,7 +80,12 @@ def tiny_config(model_type: str, vocab_size: int, **changes) -> PretrainedConfig
     kind = CONFIG_MAPPING[model_type]
     known = kind().to_dict()
     given = {key: value for key, value in SMALL.items() if key in known}
-    return kind(**{**given, "vocab_size": vocab_size, **MORE.get(model_type, {}), **changes})
+    more = {**MORE.get(model_type, {}), **changes}
+    if "text_config" in more:
+        text = {key: SMALL[key] for key in ("num_hidden_layers", "num_attention_heads")}
+        text |= {"num_key_value_heads": 2, "vocab_size": vocab_size, **more["text_config"]}
+        return kind(**{**given, **more, "text_config": text})
+    return kind(**{**given, "vocab_size": vocab_size, **more})
 
 
 def make_model(config: PretrainedConfig, tokenizer: Path, folder: Path) -> Path:
