@@ -50,8 +50,9 @@ def with_vocabulary(config: PretrainedConfig, size: int, untied: bool = False) -
     """A copy of a config with another number of tokens, and with a head of its own if untied."""
     config = copy.deepcopy(config)
     for part in (config, config.get_text_config()):
-        if hasattr(part, "vocab_size"):
-            part.vocab_size = size
+        for name in part.to_dict():
+            if name.startswith("vocab_size"):  # also vocab_size_per_layer_input
+                setattr(part, name, size)
         for name in SPECIAL_IDS:  # embeddings refuse padding that is none of their rows
             value = getattr(part, name, None)
             if isinstance(value, int) and value >= size:

@@ -1,5 +1,6 @@
 """`s2t2 evaluate`: evaluate a Hugging Face folder on a split, in one process, without DeepSpeed."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -22,7 +23,8 @@ def score(
         dtype: of weights and activations, `bfloat16` or `float32`; default: as stored.
 
     Raises:
-        ArtifactError: not a model folder, or its weights cannot be read.
+        ArtifactError: not a model folder, or its weights cannot be read, are missing or give
+            logits that are not finite.
         DataError: the data were built with another tokenizer than the folder's.
     """
     if not (model_dir / "config.json").is_file():
@@ -52,7 +54,13 @@ def score(
             progress.advance(task, len(input_ids_BT))
             return lm(input_ids_BT).logits
 
-        return evaluate(logits, reader, batch_size, device)
+        found = evaluate(logits, reader, batch_size, device)
+    if not math.isfinite(found.nats):
+        raise ArtifactError(
+            f"{model_dir} gives logits that are not finite; see which tensors with "
+            f"s2t2 verify {model_dir}"
+        )
+    return found
 
 
 def report(evaluation: Evaluation) -> str:

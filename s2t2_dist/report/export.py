@@ -19,7 +19,8 @@ from s2t2_dist.lm.folder import WeightFiles, local_folder, write_weights
 from s2t2_dist.lm.result import MAX_SHARD_SIZE, MODEL_DIR, copy_tokenizer
 from s2t2_dist.lm.translation import RECORD, TRANSLATION_DIR, fold_translation
 from s2t2_dist.report.card import model_card
-from s2t2_dist.report.verify import UNTRAINED, require_verified
+from s2t2_dist.report.contents import UNTRAINED
+from s2t2_dist.report.verify import require_verified
 
 CARD = "README.md"
 ROWS_PER_COUNT = 4096

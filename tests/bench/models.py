@@ -17,11 +17,18 @@ from transformers.utils import logging
 
 from data_prep.tokenizer import train_tokenizer
 from s2t2_dist.comm import Comm
+from s2t2_dist.data.evaluate import sum_of_nats
 from s2t2_dist.errors import S2T2Error
 from s2t2_dist.lm.fold import fold, require_translatable
 from s2t2_dist.lm.folder import WeightFiles
 from s2t2_dist.lm.load import token_rows
-from s2t2_dist.lm.probe import difference, plain_logits, probe_engine, probe_rows
+from s2t2_dist.lm.probe import (
+    difference,
+    plain_logits,
+    probe_engine,
+    probe_rows,
+    require_folded,
+)
 from s2t2_dist.lm.slots import VocabularySlots
 from tests.lm.families import make_model, tiny_config
 
@@ -76,11 +83,14 @@ def _translate(folder: Path) -> str:
     probe_engine(logits, ids_BT, lambda: expected, False, Comm())
     (folder / "folded").mkdir()
     fold(base, folder / "folded", lambda weight, _: weight[chosen_S], SPECIAL)
-    off = max(
-        difference(logits(ids_BT), expected),
-        difference(plain_logits(folder / "folded", ids_BT), expected),
-    )
+    given, folded = logits(ids_BT), plain_logits(folder / "folded", ids_BT)
+    require_folded(*(_loss(each, ids_BT) for each in (given, folded)), torch.float32)
+    off = max(difference(given, expected), difference(folded, expected))
     return "exact" if off < EXACT else f"WRONG: off by {off:.1e}"
+
+
+def _loss(logits_BTU: torch.Tensor, ids_BT: torch.Tensor) -> float:
+    return float(sum_of_nats(logits_BTU, ids_BT)) / ids_BT[:, 1:].numel()
 
 
 def _short(error: Exception) -> str:
@@ -116,7 +126,11 @@ def table(found: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-if __name__ == "__main__":
+def page(made: str) -> str:
+    """docs/models.md with another table."""
     before, rest = PAGE.read_text().split(MARKS[0])
-    made = table(outcomes(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)))
-    PAGE.write_text(before + MARKS[0] + made + MARKS[1] + rest.split(MARKS[1])[1])
+    return before + MARKS[0] + made + MARKS[1] + rest.split(MARKS[1])[1]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(table(outcomes(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)))))

@@ -67,6 +67,23 @@ MORE = {
         },
         "mm_tokens_per_image": 4,
     },
+    "gemma3n_text": {
+        **{"hidden_size_per_layer_input": 8, "laurel_rank": 4, "num_kv_shared_layers": 0},
+        "vocab_size_per_layer_input": 400,
+        **{"layer_types": ["sliding_attention", "full_attention"], "intermediate_size": [48, 48]},
+        **{"activation_sparsity_pattern": [0.0, 0.0]},
+    },
+    "gemma4_text": {
+        **{"hidden_size_per_layer_input": 8, "global_head_dim": 8, "num_kv_shared_layers": 0},
+        "vocab_size_per_layer_input": 400,
+        **{"layer_types": ["sliding_attention", "full_attention"]},
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "deepseek_v2": {"num_key_value_heads": 4, "qk_rope_head_dim": 8, "head_dim": 8},
+    "granitemoehybrid": {
+        **{"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 16},
+        "layer_types": ["mamba", "attention"],
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
 }
 
