@@ -23,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from s2t2_dist import comm
 from s2t2_dist.config import ModelConfig, Stage
 from s2t2_dist.errors import ConfigError
+from s2t2_dist.lm.slots import VocabularySlots, recompute_only
 
 # Set from the recipe only; a DeepSpeed JSON must not contain them.
 RECIPE_OWNED = (
@@ -167,9 +168,7 @@ class TrainedLM:
         self, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Next-token logits (B, T, vocabulary)."""
-        return self.engine(
-            input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False
-        ).logits
+        return _logits(self.engine, input_ids_BT, position_ids_BT)
 
     def train_mode(self, on: bool) -> None:
         self.engine.train(on)
@@ -239,13 +238,17 @@ class TrainedLM:
                 state["step"] = copy.deepcopy(state["step"])
 
     def state_dict(self) -> dict[str, torch.Tensor] | None:
-        """The whole model's weights on the CPU of rank 0; None elsewhere. A collective."""
+        """Every weight and persistent buffer, on rank 0's CPU; None elsewhere. A collective."""
         keep = self.engine.global_rank == 0
-        weights = {}
-        for name, parameter in self.engine.module.named_parameters():
+        module, weights = self.engine.module, {}
+        for name, parameter in module.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter]):
                 if keep:
                     weights[name] = parameter.detach().cpu().clone()
+        persistent = module.state_dict(keep_vars=True).keys()
+        for name, buffer in module.named_buffers():
+            if keep and name in persistent:
+                weights[name] = buffer.detach().cpu().clone()
         return weights if keep else None
 
     def close(self) -> None:
@@ -256,39 +259,57 @@ class TrainedLM:
 
 
 class FrozenLM:
-    """A frozen causal LM: partitioned under ZeRO-3, without optimizer or weight gradients.
+    """A frozen causal LM under ZeRO-3 whose vocabulary is given anew in each forward pass.
+
+    This rank keeps its partition of the other weights, and neither optimizer nor weight gradients.
 
     Args:
+        model: from `load_lm`; it loses its own vocabulary.
         settings: from `engine_settings`.
-        recompute: whether the model recomputes activations (gradient checkpointing).
+        recompute: whether activations are recomputed in the backward pass.
     """
 
     def __init__(self, model: torch.nn.Module, settings: dict, recompute: bool):
         model.requires_grad_(False)
-        # The engine must wrap the module that is called: prefetching starts in its root's hooks.
-        self.engine, *_ = deepspeed.initialize(model=model.base_model, config=settings)
-        self.backbone = self.engine.module
-        self.dtype = next(self.backbone.parameters()).dtype
+        self.slots = VocabularySlots(model)
+        self.engine, *_ = deepspeed.initialize(model=model, config=settings)
         self.recompute = recompute
         self.train_mode(True)
 
     def train_mode(self, on: bool) -> None:
-        """Set training mode only if activations are recomputed, which needs it; else no dropout."""
-        self.backbone.train(on and self.recompute)
+        """Recompute activations if it is on and was asked for; there is never any dropout."""
+        recompute_only(self.engine.module, on and self.recompute)
 
-    def hidden(
-        self, embeds_BTD: torch.Tensor, position_ids_BT: torch.Tensor | None = None
+    def logits(
+        self,
+        input_ids_BT: torch.Tensor,
+        vocabulary: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+        position_ids_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Last hidden states (B, T, D) of a batch of input embeddings."""
-        return self.backbone(
-            inputs_embeds=embeds_BTD.to(self.dtype), position_ids=position_ids_BT, use_cache=False
-        ).last_hidden_state
+        """Next-token logits (B, T, U) with E', L' (U, D) and b' (U,) in the model's own forward."""
+        self.slots.fill(*vocabulary)
+        # Not the engine itself: it wants the loss to go through its own backward.
+        return _logits(self.engine.module, input_ids_BT, position_ids_BT)
 
     def close(self) -> None:
         """Give the memory back before the next stage."""
         self.engine.destroy()
-        del self.engine, self.backbone
+        del self.engine, self.slots
         _clean_up()
+
+
+def _logits(
+    lm: torch.nn.Module, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor | None
+) -> torch.Tensor:
+    """Some architectures take no position ids."""
+    positions = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
+    return lm(input_ids=input_ids_BT, **positions, use_cache=False).logits
+
+
+def gathered_rows(parameter: torch.nn.Parameter, rows_R: torch.Tensor) -> torch.Tensor:
+    """Rows of a partitioned weight, float32. A collective: each rank gets its own rows."""
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach()[rows_R.to(parameter.device)].float()
 
 
 def _quiet() -> None:

@@ -1,41 +1,37 @@
-"""Hugging Face model folders: read embedding rows, fold E' and L' in, create random models.
+"""Hugging Face model folders: find one, read its weights tensor by tensor, write one.
 
-A folded model is an ordinary, untied Hugging Face folder. It is written without DeepSpeed, so no
-embedding is ever resized under ZeRO-3.
-
-Shapes: V source vocabulary, U target vocabulary, D width, R requested source rows.
+Shapes: V source vocabulary, D width, R requested source rows.
 """
 
-import difflib
-import inspect
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PretrainedConfig,
-)
+from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from s2t2_dist import artifacts
 from s2t2_dist.config import ModelConfig
 from s2t2_dist.errors import ArtifactError, ConfigError
+from s2t2_dist.lm.architecture import (
+    find_vocabulary,
+    on_meta,
+    one_line,
+    random_lm_config,
+    read_config,
+)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-FOLD_FILE = "1GB"  # largest file of a folded model; rank 0 holds one in memory while it writes
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Keys that config classes accept besides their parameters: older names of rope_parameters.
-ROPE_KEYS = {"rope_theta", "rope_scaling"}
+
+_log = getLogger(__name__)
 
 
 def local_folder(model: ModelConfig) -> Path:
@@ -67,51 +63,6 @@ def local_folder(model: ModelConfig) -> Path:
         ) from None
 
 
-def random_lm_config(model: ModelConfig, vocabulary: dict[str, int]) -> PretrainedConfig:
-    """The config of a model to pretrain. Its keys are checked; transformers ignores unknown ones.
-
-    Args:
-        vocabulary: `vocab_size` and special ids of the data, as config keys.
-
-    Raises:
-        ConfigError: an unknown model type or key, or values from which no model can be created.
-    """
-    given = model.config or {}
-    _require_known("model.model_type", model.model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    kind = CONFIG_MAPPING[model.model_type]
-    known = ROPE_KEYS | kind.attribute_map.keys()
-    for class_ in (kind, PretrainedConfig):
-        known |= inspect.signature(class_).parameters.keys() - {"kwargs"}
-    for key in given:
-        _require_known(f"model.config.{key}", key, known)
-    try:
-        config = AutoConfig.for_model(model.model_type, **{**given, **vocabulary})
-        _on_meta(config)
-    except Exception as error:  # the library raises errors of many kinds
-        raise ConfigError(
-            f"model.config is not a valid {model.model_type} config: "
-            f"{_one_line(error)}; correct its values"
-        ) from None
-    return config
-
-
-def _require_known(path: str, key: str, known: Iterable[str]) -> None:
-    if key not in known:
-        close = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else "see the documentation of transformers"
-        raise ConfigError(f"{path}: transformers does not know {key}; {hint}")
-
-
-def _on_meta(config: PretrainedConfig) -> torch.nn.Module:
-    """The model with its weights on the meta device: nothing is allocated."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
 def save_random_lm(model: ModelConfig, vocabulary: dict[str, int], folder: Path) -> None:
     """Write a model folder with random weights, drawn with the current torch seed.
 
@@ -119,7 +70,7 @@ def save_random_lm(model: ModelConfig, vocabulary: dict[str, int], folder: Path)
         ConfigError: as `random_lm_config`.
     """
     config = random_lm_config(model, vocabulary)
-    lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     lm.to(getattr(torch, model.dtype)).save_pretrained(folder)
 
 
@@ -129,43 +80,35 @@ class WeightFiles:
     Attributes:
         file_of: tensor name -> file name.
         config: the model's config.
-        head_bias: whether the LM head adds a bias to the logits.
-        as_stored: whether every weight is in a file under its own name. It is not for
-            architectures whose weights transformers converts (the experts of Mixtral) or renames
-            (GPT-2).
+        vocabulary: names of the tensors with a row for each token.
+        persistent: names of everything that the architecture stores, tied names included.
+        recomputes: whether it can recompute activations (gradient checkpointing).
+        as_stored: whether every weight is in a file under its own name and in its own form. It is
+            not where transformers converts (the experts of Mixtral) or renames them (GPT-2).
 
     Raises:
         ArtifactError: no safetensors, or a config from which no causal LM can be created.
+        ConfigError: a model without an embedding and an LM head, or with quantized weights.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.file_of = _file_of(folder)
-        try:
-            config = AutoConfig.from_pretrained(folder)
-            lm = _on_meta(config)
-        except Exception as error:  # the library raises errors of many kinds
-            raise ArtifactError(
-                f"{folder / 'config.json'} does not describe a causal LM ({_one_line(error)}); "
-                "give the folder of a causal language model"
-            ) from None
-        self.config = config
-        names = {id(parameter): name for name, parameter in lm.named_parameters()}
-        self.as_stored = set(names.values()) <= self.file_of.keys() and not (
-            get_model_conversion_mapping(lm, add_legacy=False)
-        )
-        self.embed_name = names[id(lm.get_input_embeddings().weight)]
-        self.tied = config.tie_word_embeddings
-        head = lm.get_output_embeddings().weight
-        self.head_bias = lm.get_output_embeddings().bias is not None
-        self.head_name = self.embed_name if self.tied else names[id(head)]
-        # A tied model has one parameter; its state dict still lists the head's own name.
-        self.head_key = next(
-            name
-            for name, tensor in lm.state_dict(keep_vars=True).items()
-            if tensor is head and (name != self.embed_name)
-        )
-        self.vocab_size = config.vocab_size
+        self.config = read_config(folder)
+        quantized = getattr(self.config, "quantization_config", None)
+        if quantized:
+            method = dict(quantized).get("quant_method", "unknown")
+            raise ConfigError(
+                f"{folder} holds quantized weights ({method}), which cannot be trained; give the "
+                "model's full-precision folder"
+            )
+        lm = on_meta(self.config)
+        self.vocabulary = find_vocabulary(lm)
+        self.persistent = frozenset(lm.state_dict())
+        self.recomputes = lm.supports_gradient_checkpointing
+        converted = get_model_conversion_mapping(lm, add_legacy=False)
+        names = {name for name, _ in lm.named_parameters()}
+        self.as_stored = not converted and names <= self.file_of.keys()
 
     def read(self, name: str) -> torch.Tensor:
         """A whole weight, memory-mapped from the file."""
@@ -195,13 +138,25 @@ class WeightFiles:
                     f"{self.folder / file} lacks {min(listed - held)}, which {INDEX} expects in "
                     "it; copy the model again"
                 )
+        report = loading_report(self.folder)
+        for name in report.missing:
+            if name not in self.vocabulary.heads[1:]:  # of a tied model the embedding is named
+                raise ArtifactError(f"{self.folder} holds no {name}; copy the model again")
+        for name, found, expected in report.mismatched:
+            raise ArtifactError(
+                f"{self.folder}: {name} has shape {tuple(found)}, but the config makes it "
+                f"{tuple(expected)}; use config.json and weights of the same model"
+            )
+        if report.unexpected:
+            names = ", ".join(report.unexpected[:3])
+            _log.warning("%s: the architecture does not use %s; left out", self.folder, names)
 
     def rows(self, name: str, token_ids_R: torch.Tensor) -> torch.Tensor:
-        """Rows of a (V, D) weight, (R, D) float32; reads only the span from first to last row."""
+        """Rows of a (V, ...) weight, (R, ...) float32; reads only the span of them."""
         with safe_open(self.folder / self.file_of[name], "pt") as f:
             view = f.get_slice(name)
             if not len(token_ids_R):
-                return torch.zeros(0, view.get_shape()[1])
+                return torch.zeros(0, *view.get_shape()[1:])
             first, last = int(token_ids_R.min()), int(token_ids_R.max())
             return view[first : last + 1][token_ids_R - first].float()
 
@@ -233,6 +188,48 @@ def _tensor_names(path: Path) -> set[str]:
         ) from None
 
 
+@dataclass(frozen=True)
+class LoadingReport:
+    """What transformers says of a folder's files, by the names of weights, sorted.
+
+    Attributes:
+        missing: in no file: transformers would give them random values.
+        unexpected: in a file, but not in the architecture.
+        mismatched: names with the shape in the file and the shape that the config makes.
+    """
+
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[tuple[str, tuple, tuple]]
+
+
+def loading_report(folder: Path) -> LoadingReport:
+    """Compare the files with the architecture, from their headers, by transformers' own rules.
+
+    Raises:
+        ArtifactError: transformers gives up.
+    """
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        _, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # the library raises errors of many kinds
+        raise ArtifactError(
+            f"{folder} cannot be loaded by transformers ({one_line(error)}); copy the model again"
+        ) from None
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    kinds = info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"]
+    return LoadingReport(*map(sorted, kinds))
+
+
 def write_weights(
     target: Path,
     shapes: dict[str, torch.Tensor],
@@ -256,50 +253,3 @@ def write_weights(
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (target / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
-
-
-def fold(
-    source: Path,
-    target: Path,
-    translate: Callable[[torch.Tensor, str], torch.Tensor],
-    special_ids: dict[str, int],
-) -> None:
-    """Copy a model folder with another vocabulary: untied, with new embedding and head rows.
-
-    Every other weight keeps its bytes. Memory: the embedding in float32 and the new rows; then one
-    output file at a time.
-
-    Args:
-        target: an existing, empty folder.
-        translate: maps a (V, D) float32 weight and "embed" or "head" to the new (U, D) weight.
-        special_ids: bos/eos/pad ids of the new tokenizer, as `*_token_id` keys.
-    """
-    weights = WeightFiles(source)
-
-    def translated(name: str, which: str) -> torch.Tensor:
-        weight_VD = weights.read(name)
-        return translate(weight_VD.float(), which).to(weight_VD.dtype, copy=True)
-
-    new = {
-        weights.embed_name: translated(weights.embed_name, "embed"),
-        weights.head_key: translated(weights.head_name, "head"),
-    }
-    replaced = {*new, weights.head_name}
-    kept = {name: weights.on_meta(name) for name in weights.file_of if name not in replaced}
-
-    def read(name: str) -> torch.Tensor:
-        return new[name] if name in new else weights.read(name)
-
-    write_weights(target, kept | new, read, FOLD_FILE)
-    U = len(new[weights.embed_name])
-    config = AutoConfig.from_pretrained(source)
-    config.update({"vocab_size": U, "tie_word_embeddings": False})
-    save_configs(config, special_ids, target)
-
-
-def save_configs(config, special_ids: dict[str, int], folder: Path) -> None:
-    """Write config.json and generation_config.json with the tokenizer's special ids in both."""
-    ids = {name: special_ids.get(name) for name in SPECIAL_IDS}
-    config.update(ids)
-    config.save_pretrained(folder)
-    GenerationConfig(**ids).save_pretrained(folder)

@@ -1,15 +1,15 @@
 """The Hugging Face folder `model/` that a pretrain or finetune stage writes."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict
-from transformers import AutoConfig
 
 from s2t2_dist import artifacts
 from s2t2_dist.data.shards import TOKENIZER_DIR
-from s2t2_dist.lm.folder import save_configs
+from s2t2_dist.lm.architecture import read_config
+from s2t2_dist.lm.fold import save_configs, save_state
 
 MODEL_DIR = "model"
 MAX_SHARD_SIZE = "5GB"
@@ -33,16 +33,20 @@ def write_model(
     data_dir: Path,
     ids: dict[str, int],
     record: dict,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write trained weights as a sealed Hugging Face folder. Call on rank 0.
 
     Args:
         base: the folder the model was loaded from, for its config.
         record: provenance and evaluation, stored in the manifest.
+        check: raises an error if the folder is not to appear.
     """
     with artifacts.sealed_directory(folder, {"kind": "model", **record}) as temporary:
-        save_torch_state_dict(weights, temporary, max_shard_size=MAX_SHARD_SIZE)
-        config = AutoConfig.from_pretrained(base)
+        config = read_config(base)
         config.dtype = next(iter(weights.values())).dtype
-        save_configs(config, ids, temporary)
+        save_state(config, weights, temporary, MAX_SHARD_SIZE)
+        save_configs(config, ids, temporary, base)
         copy_tokenizer(data_dir, temporary)
+        if check:
+            check(temporary)

@@ -6,10 +6,10 @@ Shapes: V source rows of P, U target vocabulary, W ranks, N weights of the model
 from dataclasses import dataclass
 from math import ceil
 
-import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from s2t2_dist.config import Finetune, Pretrain, Stage, Translate
+from s2t2_dist.lm.architecture import on_meta, with_vocabulary
 
 SINGLE = 4  # bytes of a float32
 BYTES = {"bfloat16": 2, "float32": 4, "bf16": 2, "fp32": 4, "fp16": 2}
@@ -26,7 +26,7 @@ class WeightCounts:
         total: of all weights; a tied head counts once.
         tied_head: of the head if it is tied, else 0.
         largest: of the largest weight.
-        backbone: of all weights without an untied head.
+        backbone: of all weights without the embedding and the LM head.
         width: D, the length of an embedding.
     """
 
@@ -39,17 +39,17 @@ class WeightCounts:
 
 def count_weights(config: PretrainedConfig) -> WeightCounts:
     """Count on the meta device: nothing is allocated."""
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config)
+    lm = on_meta(config)
     sizes = [parameter.numel() for parameter in lm.parameters()]
-    head = lm.get_output_embeddings().weight
-    tied = head is lm.get_input_embeddings().weight
+    embed, head = lm.get_input_embeddings().weight, lm.get_output_embeddings()
+    tied = head.weight is embed
+    vocabulary = {id(p): p.numel() for p in (embed, *head.parameters(recurse=False))}
     return WeightCounts(
         total=sum(sizes),
-        tied_head=head.numel() if tied else 0,
+        tied_head=embed.numel() if tied else 0,
         largest=max(sizes),
-        backbone=sum(parameter.numel() for parameter in lm.base_model.parameters()),
-        width=lm.get_input_embeddings().weight.shape[1],
+        backbone=sum(sizes) - sum(vocabulary.values()),
+        width=embed.shape[1],
     )
 
 
@@ -61,10 +61,7 @@ def trained_config(config: PretrainedConfig, stage: Stage, vocab_size: int) -> P
     """
     if isinstance(stage, Finetune) and stage.init == "source":
         return config
-    values = config.to_dict() | {"vocab_size": vocab_size}
-    if not isinstance(stage, Pretrain):
-        values["tie_word_embeddings"] = False
-    return type(config).from_dict(values | dict.fromkeys(("eos_token_id", "pad_token_id"), 0))
+    return with_vocabulary(config, vocab_size, untied=not isinstance(stage, Pretrain))
 
 
 def weight_states(elements: int, ranks: int, dtype: str, accumulated: str) -> dict[str, int]:

@@ -26,7 +26,7 @@ from s2t2_dist import artifacts
 from s2t2_dist.comm import Comm, agree
 from s2t2_dist.data.shards import tokenizer_sha256
 from s2t2_dist.errors import ArtifactError, DataError, S2T2Error
-from s2t2_dist.lm.folder import fold
+from s2t2_dist.lm.fold import fold
 from s2t2_dist.lm.result import special_ids
 from s2t2_dist.ot import weight_factors
 

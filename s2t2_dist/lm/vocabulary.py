@@ -94,7 +94,7 @@ def source_rows(stage: Translate, weights: WeightFiles) -> tuple[torch.Tensor, t
     Raises:
         ConfigError, DataError, ArtifactError: see `source_token_ids` and `source_marginal`.
     """
-    tokens = source_token_ids(stage.source_tokens, weights.folder, weights.vocab_size)
+    tokens = source_token_ids(stage.source_tokens, weights.folder, weights.vocabulary.size)
     return source_marginal(stage.source_marginal, weights.folder, tokens)
 
 
@@ -132,7 +132,7 @@ def _tokenizer_ids(folder: Path, vocab_size: int, single: bool) -> torch.Tensor:
         single: only single characters and bytes, without special tokens. A byte token is written
             as one character, or as `<0x41>` by SentencePiece.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     special = set(tokenizer.all_special_ids)
     ids = [
         number

@@ -1,5 +1,6 @@
 """`s2t2 evaluate`: evaluate a Hugging Face folder on a split, in one process, without DeepSpeed."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -22,7 +23,8 @@ def score(
         dtype: of weights and activations, `bfloat16` or `float32`; default: as stored.
 
     Raises:
-        ArtifactError: not a model folder, or its weights cannot be read.
+        ArtifactError: not a model folder, or its weights cannot be read, are missing or give
+            logits that are not finite.
         DataError: the data were built with another tokenizer than the folder's.
     """
     if not (model_dir / "config.json").is_file():
@@ -35,11 +37,13 @@ def score(
     require_tokenizer(reader.metadata, model_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wanted = "auto" if dtype is None else getattr(torch, dtype)
-    lm = AutoModelForCausalLM.from_pretrained(model_dir, dtype=wanted).to(device).eval()
-    if reader.metadata["vocab_size"] > lm.config.vocab_size:
+    lm = AutoModelForCausalLM.from_pretrained(model_dir, dtype=wanted, trust_remote_code=False)
+    lm = lm.to(device).eval()
+    rows = len(lm.get_input_embeddings().weight)
+    if reader.metadata["vocab_size"] > rows:
         raise DataError(
             f"{data_dir} holds token ids up to {reader.metadata['vocab_size'] - 1}, but "
-            f"the embedding of {model_dir} has {lm.config.vocab_size} rows; build the data for "
+            f"the embedding of {model_dir} has {rows} rows; build the data for "
             "this model"
         )
     console = Console(stderr=True)
@@ -50,7 +54,13 @@ def score(
             progress.advance(task, len(input_ids_BT))
             return lm(input_ids_BT).logits
 
-        return evaluate(logits, reader, batch_size, device)
+        found = evaluate(logits, reader, batch_size, device)
+    if not math.isfinite(found.nats):
+        raise ArtifactError(
+            f"{model_dir} gives logits that are not finite; see which tensors with "
+            f"s2t2 verify {model_dir}"
+        )
+    return found
 
 
 def report(evaluation: Evaluation) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from huggingface_hub import split_torch_state_dict_into_shards
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from s2t2_dist import artifacts
 from s2t2_dist.config import Recipe, Translate, load_recipe
@@ -13,11 +13,14 @@ from s2t2_dist.data.evaluate import Evaluation
 from s2t2_dist.data.order import rows_at
 from s2t2_dist.data.shards import ShardReader, require_tokenizer
 from s2t2_dist.errors import ArtifactError, ConfigError
-from s2t2_dist.lm.folder import SPECIAL_IDS, WeightFiles, local_folder, save_configs, write_weights
+from s2t2_dist.lm.architecture import SPECIAL_IDS, read_config
+from s2t2_dist.lm.fold import save_configs
+from s2t2_dist.lm.folder import WeightFiles, local_folder, write_weights
 from s2t2_dist.lm.result import MAX_SHARD_SIZE, MODEL_DIR, copy_tokenizer
 from s2t2_dist.lm.translation import RECORD, TRANSLATION_DIR, fold_translation
 from s2t2_dist.report.card import model_card
-from s2t2_dist.report.verify import UNTRAINED, require_verified
+from s2t2_dist.report.contents import UNTRAINED
+from s2t2_dist.report.verify import require_verified
 
 CARD = "README.md"
 ROWS_PER_COUNT = 4096
@@ -59,7 +62,7 @@ def release(run_dir: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -
         copy_tokenizer(train.directory, temporary)
         tokenizer = AutoTokenizer.from_pretrained(temporary)
         ids = {name: getattr(tokenizer, name) for name in SPECIAL_IDS}
-        save_configs(AutoConfig.from_pretrained(source), ids, temporary)
+        save_configs(read_config(source), ids, temporary, source)
         card = model_card(target.name, recipe, train.metadata, Evaluation(**record["evaluation"]))
         (temporary / CARD).write_text(card, encoding="utf-8")
         require_verified(temporary, record[UNTRAINED])

@@ -9,22 +9,18 @@ Shapes: V rows of the embedding and of the LM head, D width.
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from safetensors import SafetensorError
 
 from s2t2_dist import artifacts
-from s2t2_dist.data.shards import TOKENIZER_JSON
 from s2t2_dist.errors import ArtifactError, S2T2Error
-from s2t2_dist.lm.folder import WeightFiles
+from s2t2_dist.lm.architecture import on_meta
+from s2t2_dist.report.contents import CheckError, ModelFolder
 
-# Manifest key: ids of tokens that no training row contained. Their embeddings may be equal.
-UNTRAINED = "untrained_token_ids"
 SAMPLE_CHARACTERS = 2000
 
 
@@ -35,10 +31,6 @@ class Check:
     name: str
     passed: bool
     found: str
-
-
-class _CheckError(Exception):
-    """A check failed; the message is the problem."""
 
 
 def verify_model(folder: Path, untrained: Iterable[int] | None = None) -> list[Check]:
@@ -56,7 +48,7 @@ def verify_model(folder: Path, untrained: Iterable[int] | None = None) -> list[C
             f"{folder} is not a Hugging Face model folder (no config.json in it); give the folder "
             "of a model"
         )
-    model = _Folder(folder, untrained)
+    model = ModelFolder(folder, untrained)
     return [_run(name, check, model) for name, check in CHECKS.items()]
 
 
@@ -86,122 +78,63 @@ def table(folder: Path, checks: list[Check]) -> Table:
     return result
 
 
-class _Folder:
-    """A model folder whose parts are read at first use."""
-
-    def __init__(self, path: Path, untrained: Iterable[int] | None):
-        self.path = path
-        if untrained is None and artifacts.is_complete(path):
-            untrained = artifacts.read_json(path / artifacts.MANIFEST).get(UNTRAINED)
-        self.untrained = frozenset(untrained or ())
-
-    @cached_property
-    def config(self):
-        return AutoConfig.from_pretrained(self.path)
-
-    @cached_property
-    def tokenizer(self):
-        if not (self.path / TOKENIZER_JSON).is_file():
-            raise _CheckError(f"{TOKENIZER_JSON} is missing")
-        return AutoTokenizer.from_pretrained(self.path)
-
-    @cached_property
-    def token_ids(self) -> list[int]:
-        return sorted(self.tokenizer.get_vocab().values())
-
-    @cached_property
-    def generation(self):
-        if not (self.path / "generation_config.json").is_file():
-            raise _CheckError("generation_config.json is missing")
-        return GenerationConfig.from_pretrained(self.path)
-
-    @cached_property
-    def weights(self) -> WeightFiles:
-        return WeightFiles(self.path)
-
-    @cached_property
-    def in_files(self) -> dict[str, tuple[list[int], str]]:
-        """Shape and safetensors dtype of every tensor in the files."""
-        tensors = {}
-        for file in sorted(set(self.weights.file_of.values())):
-            with safe_open(self.path / file, "pt") as f:
-                for name in f.keys():  # noqa: SIM118 - safe_open is no mapping
-                    view = f.get_slice(name)
-                    tensors[name] = (view.get_shape(), view.get_dtype())
-        return tensors
-
-    @property
-    def matrices(self) -> dict[str, str]:
-        """Role ("embedding", "LM head") -> name of the weight in the files."""
-        weights = self.weights
-        named = {"embedding": weights.embed_name}
-        return named if weights.tied else {**named, "LM head": weights.head_name}
-
-    def read(self, name: str) -> torch.Tensor:
-        if name not in self.weights.file_of:
-            raise _CheckError(f"{name} is not in the files")
-        with safe_open(self.path / self.weights.file_of[name], "pt") as f:
-            return f.get_tensor(name)
-
-    def describe(self, ids: list[int]) -> str:
-        shown = [f"{i} {self.tokenizer.convert_ids_to_tokens(i)!r}" for i in ids[:4]]
-        return ", ".join(shown) + (f" and {len(ids) - 4} more" if len(ids) > 4 else "")
-
-
-def _run(name: str, check: Callable[[_Folder], str], model: _Folder) -> Check:
+def _run(name: str, check: Callable[[ModelFolder], str], model: ModelFolder) -> Check:
     try:
         return Check(name, True, check(model))
-    except (_CheckError, S2T2Error, SafetensorError, OSError, ValueError, KeyError) as error:
+    except (CheckError, S2T2Error, SafetensorError, OSError, ValueError, KeyError) as error:
         return Check(name, False, " ".join(str(error).split())[:300])
 
 
-def _files(model: _Folder) -> str:
+def _files(model: ModelFolder) -> str:
     if not (model.path / artifacts.MANIFEST).is_file():
         return "no manifest: not written by this project, or not sealed yet"
     manifest = artifacts.verify(model.path)
     return f"{len(manifest['files'])} files match their sha256"
 
 
-def _parameters(model: _Folder) -> str:
-    """The files hold every parameter of the architecture, in its shape, and nothing else."""
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(model.config)
-    expected = {name: list(parameter.shape) for name, parameter in lm.named_parameters()}
-    known = lm.state_dict().keys()
-    for name, shape in expected.items():
-        if name not in model.in_files:
-            raise _CheckError(f"{name} is not in the files")
-        if model.in_files[name][0] != shape:
-            raise _CheckError(f"{name} is {model.in_files[name][0]}, the config expects {shape}")
-    if surplus := sorted(model.in_files.keys() - known):
-        raise _CheckError(f"{surplus[0]} is in the files but not in the architecture")
-    count = sum(parameter.numel() for parameter in lm.parameters())
-    return f"{len(expected)} tensors, {count:,} parameters"
+def _parameters(model: ModelFolder) -> str:
+    """The files hold all that the architecture stores, in its shape, and nothing else."""
+    report = model.report
+    for name in report.missing:
+        raise CheckError(f"{name} is not in the files")
+    for name, found, expected in report.mismatched:
+        raise CheckError(f"{name} is {list(found)}, the config expects {list(expected)}")
+    for name in report.unexpected:
+        raise CheckError(f"{name} is in the files but not in the architecture")
+    count = sum(parameter.numel() for parameter in on_meta(model.config).parameters())
+    return f"{len(model.in_files)} tensors, {count:,} parameters"
 
 
-def _row_counts(model: _Folder) -> str:
-    largest, stated = model.token_ids[-1], model.config.vocab_size
+def _row_counts(model: ModelFolder) -> str:
+    largest, stated = model.token_ids[-1], model.text.vocab_size
     for what, name in model.matrices.items():
-        if name not in model.in_files:
-            raise _CheckError(f"the {what} {name} is not in the files")
-        rows = model.in_files[name][0][0]
+        if name not in model.names:
+            raise CheckError(f"the {what} {name} is not in the files")
+        rows = len(model.read(name))
         if rows != stated:
-            raise _CheckError(f"the {what} has {rows} rows, config.vocab_size is {stated}")
+            raise CheckError(f"the {what} has {rows} rows, config.vocab_size is {stated}")
     if largest >= stated:
-        raise _CheckError(f"the largest token id is {largest}, but there are {stated} rows")
+        raise CheckError(f"the largest token id is {largest}, but there are {stated} rows")
     unused = stated - len(model.token_ids)
     return f"{stated} rows, {len(model.token_ids)} tokens" + (f", {unused} unused" * (unused > 0))
 
 
-def _finite(model: _Folder) -> str:
-    for what, name in model.matrices.items():
-        bad = (~model.read(name).isfinite()).any(dim=1).nonzero().flatten().tolist()
-        if bad:
-            raise _CheckError(f"{what} rows with NaN or infinity: {model.describe(bad)}")
-    return "every value is finite"
+def _finite(model: ModelFolder) -> str:
+    """Every tensor in the files, one at a time."""
+    for name in model.names:
+        values = model.read(name)
+        bad = ~values.isfinite()
+        if not bad.any():
+            continue
+        what = next((what for what, matrix in model.matrices.items() if matrix == name), None)
+        if what:
+            ids = bad.any(dim=1).nonzero().flatten().tolist()
+            raise CheckError(f"{what} rows with NaN or infinity: {model.describe(ids)}")
+        raise CheckError(f"{name} holds NaN or infinity in {int(bad.sum()):,} entries")
+    return f"every value of {len(model.names)} tensors is finite"
 
 
-def _no_zero_rows(model: _Folder) -> str:
+def _no_zero_rows(model: ModelFolder) -> str:
     """Padding may have a zero row: transformers initializes it to zero and never trains it."""
     pad, note = model.tokenizer.pad_token_id, ""
     for what, name in model.matrices.items():
@@ -211,25 +144,25 @@ def _no_zero_rows(model: _Folder) -> str:
             ids.remove(pad)
             note = f" except padding, {model.describe([pad])}, which is never read"
         if ids:
-            raise _CheckError(f"{what} rows that are zero: {model.describe(ids)}")
+            raise CheckError(f"{what} rows that are zero: {model.describe(ids)}")
     return f"no token has a zero row{note}"
 
 
-def _distinct_rows(model: _Folder) -> str:
+def _distinct_rows(model: ModelFolder) -> str:
     """No two tokens have equal rows, except tokens that did not occur in training."""
     notes = []
     for what, name in model.matrices.items():
         groups = _equal_rows(model.read(name), _token_rows(model))
         for ids in groups:
             if len(model.untrained.intersection(ids)) < len(ids):
-                raise _CheckError(f"{what} rows that are equal: {model.describe(ids)}")
+                raise CheckError(f"{what} rows that are equal: {model.describe(ids)}")
         if groups:
             count = sum(map(len, groups))
             notes.append(f"{count} tokens that did not occur in training share {what} rows")
     return "; ".join(notes) or "every token has its own row"
 
 
-def _token_rows(model: _Folder) -> torch.Tensor:
+def _token_rows(model: ModelFolder) -> torch.Tensor:
     """Ids of the rows that belong to a token; a base model may have more rows than tokens."""
     _row_counts(model)
     return torch.tensor(model.token_ids)
@@ -244,18 +177,21 @@ def _equal_rows(weight_VD: torch.Tensor, ids: torch.Tensor) -> list[list[int]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _special_ids(model: _Folder) -> str:
+def _special_ids(model: ModelFolder) -> str:
     found = []
     for kind in ("bos", "eos", "pad"):
         key = f"{kind}_token_id"
+        own = getattr(model.tokenizer, key)
+        if kind == "bos" and own is None and getattr(model.text, key, None) is not None:
+            own = model.tokenizer.eos_token_id  # some config classes want one
         values = {
-            "tokenizer": getattr(model.tokenizer, key),
-            "config.json": getattr(model.config, key, None),
+            "tokenizer": own,
+            "config.json": getattr(model.text, key, None),
             "generation_config.json": getattr(model.generation, key),
         }
         if any(_as_set(value) != _as_set(values["config.json"]) for value in values.values()):
             stated = ", ".join(f"{where} {value}" for where, value in values.items())
-            raise _CheckError(f"{key} differs: {stated}")
+            raise CheckError(f"{key} differs: {stated}")
         found.append(f"{kind} {values['tokenizer']}")
     return ", ".join(found)
 
@@ -264,39 +200,37 @@ def _as_set(value: int | list[int] | None) -> frozenset:
     return frozenset(value if isinstance(value, list) else [value])
 
 
-def _padding(model: _Folder) -> str:
+def _padding(model: ModelFolder) -> str:
     pad, eos = model.tokenizer.pad_token_id, model.tokenizer.eos_token_id
     if eos is None:
-        raise _CheckError("the tokenizer has no end-of-sequence token: generation would not stop")
+        raise CheckError("the tokenizer has no end-of-sequence token: generation would not stop")
     if pad == eos:
-        raise _CheckError(f"padding and end of sequence are both token {eos}")
+        raise CheckError(f"padding and end of sequence are both token {eos}")
     return "no padding token" if pad is None else f"pad {pad}, eos {eos}"
 
 
-def _tied(model: _Folder) -> str:
-    weights = model.weights
-    head = weights.head_key in model.in_files
-    if not weights.tied:
-        if not head:
-            raise _CheckError(f"the config says untied, but {weights.head_key} is not in the files")
+def _tied(model: ModelFolder) -> str:
+    vocabulary = model.weights.vocabulary
+    name = vocabulary.heads[-1]
+    if not vocabulary.tied:
+        if name not in model.names:
+            raise CheckError(f"the config says untied, but {name} is not in the files")
         return "untied, both matrices in the files"
-    if head and not torch.equal(model.read(weights.head_key), model.read(weights.embed_name)):
-        raise _CheckError(
-            f"the config says tied, but {weights.head_key} differs from the embedding"
-        )
+    if name in model.names and not torch.equal(model.read(name), model.read(vocabulary.embed)):
+        raise CheckError(f"the config says tied, but {name} differs from the embedding")
     return "tied, one matrix"
 
 
-def _dtype(model: _Folder) -> str:
+def _dtype(model: ModelFolder) -> str:
     stated = model.config.dtype
     names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     for name, (_, dtype) in model.in_files.items():
         if names.get(dtype) != stated:
-            raise _CheckError(f"{name} is {dtype}, config.json says {stated}")
+            raise CheckError(f"{name} is {dtype}, config.json says {stated}")
     return str(stated).removeprefix("torch.")
 
 
-def _round_trip(model: _Folder) -> str:
+def _round_trip(model: ModelFolder) -> str:
     """Text of the tokenizer's alphabet survives encoding and decoding."""
     tokenizer = model.tokenizer
     special = set(tokenizer.all_special_ids)
@@ -305,17 +239,17 @@ def _round_trip(model: _Folder) -> str:
     # Every letter, then every second, every third and so on: new neighbours exercise the merges.
     sample = "".join("".join(letters[::step]) for step in range(1, 40))[:SAMPLE_CHARACTERS]
     if not sample:
-        raise _CheckError("no token is a single letter")
+        raise CheckError("no token is a single letter")
     ids = tokenizer.encode(sample, add_special_tokens=False)
     back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     if back != sample:
         pairs = zip(sample, back, strict=False)
         at = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
-        raise _CheckError(f"{sample[at : at + 20]!r} comes back as {back[at : at + 20]!r}")
+        raise CheckError(f"{sample[at : at + 20]!r} comes back as {back[at : at + 20]!r}")
     return f"{len(sample)} characters over {len(letters)} letters in {len(ids)} tokens"
 
 
-CHECKS: dict[str, Callable[[_Folder], str]] = {
+CHECKS: dict[str, Callable[[ModelFolder], str]] = {
     "files": _files,
     "parameters": _parameters,
     "row counts": _row_counts,

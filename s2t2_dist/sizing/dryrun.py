@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from s2t2_dist.data.evaluate import sum_of_nats
+from s2t2_dist.lm.slots import VocabularySlots, recompute_only
 
 
 @dataclass(frozen=True)
@@ -80,18 +81,18 @@ def _pass_bytes(config_json: str, what: Pass) -> int:
 def _translated_pass(
     lm: torch.nn.Module, ids_BT: torch.Tensor, what: Pass
 ) -> tuple[list[torch.Tensor], Callable[[], torch.Tensor]]:
-    """E', L' and the translate stage's logits, as `TranslateStage.logits` makes them."""
+    """E', L' and the translate stage's logits, as `engine.FrozenLM` makes them."""
     D = lm.get_input_embeddings().weight.shape[1]
-    embed_UD, head_UD = (
-        torch.zeros(what.vocabulary, D, requires_grad=not what.evaluation) for _ in range(2)
-    )
+    shapes = [(what.vocabulary, D)] * 2 + [(what.vocabulary,)]
+    vocabulary = [torch.zeros(*shape, requires_grad=not what.evaluation) for shape in shapes]
+    slots = VocabularySlots(lm)
+    recompute_only(lm, what.checkpointing and not what.evaluation)
 
     def forward() -> torch.Tensor:
-        embeds = torch.nn.functional.embedding(ids_BT, embed_UD).to(lm.dtype)
-        hidden = lm.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-        return hidden @ head_UD.to(hidden.dtype).T
+        slots.fill(*vocabulary)
+        return lm(input_ids=ids_BT, use_cache=False).logits
 
-    return [ids_BT, embed_UD, head_UD], forward
+    return [ids_BT, *vocabulary], forward
 
 
 class _Reducer:

@@ -16,7 +16,7 @@ from s2t2_dist.config import Recipe, Translate
 from s2t2_dist.data.shards import TOKENIZER_JSON
 from s2t2_dist.errors import ConfigError
 from s2t2_dist.lm import engine
-from s2t2_dist.lm.folder import random_lm_config
+from s2t2_dist.lm.architecture import random_lm_config
 from s2t2_dist.lm.vocabulary import source_token_ids
 from s2t2_dist.sizing.stages import DEFAULTS, Hardware, Inputs, StageSize, run_disk, size_stage
 
@@ -160,7 +160,9 @@ def find_inputs(
 def _read_config(recipe: Recipe, config: Path | None) -> PretrainedConfig:
     name = config or recipe.model.model_name_or_path
     try:
-        return AutoConfig.from_pretrained(name, revision=recipe.model.revision)
+        return AutoConfig.from_pretrained(
+            name, revision=recipe.model.revision, trust_remote_code=False
+        )
     except Exception as error:  # the library raises errors of many kinds
         reason = " ".join(str(error).split())[:150]
         raise ConfigError(

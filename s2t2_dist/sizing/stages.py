@@ -248,7 +248,7 @@ class _Translate(_Stage):
         stage, ranks, N = self.stage, self.hardware.ranks, self.weights.backbone
         V, U, D = self.inputs.source_rows, self.inputs.vocab_size, self.weights.width
         plans, separate = plan_count(stage), stage.plans == "separate"
-        shared = self.config.tie_word_embeddings and stage.source_marginal == "uniform"
+        shared = self.weights.tied_head > 0 and stage.source_marginal == "uniform"
         # The other methods keep the thresholds of one iteration, or none.
         kept = stage.iterations if stage.method == "dykstra" else 1
         held = rank_memory(V, U, D, ranks, kept, tied=shared and not separate)

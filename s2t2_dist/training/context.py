@@ -58,6 +58,13 @@ class StageRunner(Protocol):
             are the same on every rank.
         """
 
+    def probe(self) -> None:
+        """Check, before anything is trained, that the engine computes what the model does.
+
+        Raises:
+            ConfigError: on every rank.
+        """
+
     def evaluation_mode(self, on: bool) -> None: ...
 
     def logits(

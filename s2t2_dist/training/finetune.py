@@ -10,11 +10,13 @@ import torch
 from s2t2_dist import artifacts
 from s2t2_dist.comm import agree
 from s2t2_dist.config import Finetune, Pretrain, Stage, Translate
-from s2t2_dist.data.batches import Batch
+from s2t2_dist.data.batches import Batch, load_batch
 from s2t2_dist.data.evaluate import sum_of_nats
 from s2t2_dist.lm import engine
-from s2t2_dist.lm.folder import fold, local_folder, save_random_lm
+from s2t2_dist.lm.fold import fold
+from s2t2_dist.lm.folder import local_folder, save_random_lm
 from s2t2_dist.lm.load import load_lm
+from s2t2_dist.lm.probe import plain_logits, probe_engine, probe_rows, require_written
 from s2t2_dist.lm.result import MODEL_DIR, write_model
 from s2t2_dist.lm.translation import TRANSLATION_DIR, fold_translation
 from s2t2_dist.run import reshard
@@ -27,6 +29,12 @@ def make_stage(context: Context, stage: Stage) -> StageRunner:
     if isinstance(stage, Translate):
         return TranslateStage(context, stage)
     return WeightStage(context, stage, starting_model(context, stage))
+
+
+def uses_translation_of_run(stage: Stage) -> bool:
+    """Whether a stage starts from the translation that an earlier stage of its run learned."""
+    finetunes = isinstance(stage, Finetune) and stage.init == "translation"
+    return finetunes and stage.translation is None
 
 
 def starting_model(context: Context, stage: Stage) -> Path:
@@ -71,14 +79,27 @@ class WeightStage:
     """
 
     def __init__(self, context: Context, stage: Stage, folder: Path):
-        self.context = context
-        self.folder = folder
+        self.context, self.stage, self.folder = context, stage, folder
         settings = engine.engine_settings(
             context.deepspeed, context.recipe.model, stage, context.comm.size
         )
         lm = load_lm(folder, context.recipe.model, settings)
         self.lm = engine.TrainedLM(lm, settings, stage)
         self.logits = self.lm.logits
+
+    def probe(self) -> None:
+        """The engine says what the model in its folder says."""
+        context, dtype = self.context, getattr(torch, self.context.recipe.model.dtype)
+        ids_BT = probe_rows(context.train.metadata["vocab_size"], context.device)
+        self.evaluation_mode(True)
+        probe_engine(
+            self.logits,
+            ids_BT,
+            lambda: plain_logits(self.folder, ids_BT, dtype),
+            context.recipe.data.document_mask,
+            context.comm,
+        )
+        self.evaluation_mode(False)
 
     def evaluation_mode(self, on: bool) -> None:
         self.lm.train_mode(not on)
@@ -105,10 +126,15 @@ class WeightStage:
             self.lm.load(copy, universal=True)
 
     def finish(self, record: dict) -> None:
-        """Write `model/`, the run's Hugging Face folder."""
+        """Write `model/`, the run's Hugging Face folder, if it gives the trainer's logits."""
         target = self.context.run_dir / MODEL_DIR
         if artifacts.is_complete(target):
             return
+        self.evaluation_mode(True)
+        rows = range(min(self.stage.per_device_eval_batch_size, len(self.context.validation)))
+        ids_BT = load_batch(self.context.validation, rows).input_ids.to(self.context.device)
+        with torch.no_grad():
+            logits_BTU = self.logits(ids_BT)
         weights = self.lm.state_dict()
 
         def write() -> None:
@@ -120,6 +146,7 @@ class WeightStage:
                     self.context.train.directory,
                     self.context.special_ids,
                     record,
+                    lambda folder: require_written(folder, ids_BT, logits_BTU),
                 )
 
         agree(self.context.comm, write, f"writing {target}")

@@ -23,12 +23,13 @@ from s2t2_dist.data.batches import Batch, count_predicted, load_batch, read_ahea
 from s2t2_dist.data.evaluate import Evaluation, evaluate
 from s2t2_dist.data.order import rows_at
 from s2t2_dist.lm import engine
+from s2t2_dist.lm.probe import require_folded
 from s2t2_dist.run import checkpoint, directory
 from s2t2_dist.run.progress import Progress
 from s2t2_dist.run.stopping import StopRequest
 from s2t2_dist.run.tracking import MetricsFile, MLflowShipper, flatten, read_metrics
 from s2t2_dist.training.context import Context, StageRunner
-from s2t2_dist.training.finetune import make_stage
+from s2t2_dist.training.finetune import make_stage, uses_translation_of_run
 from s2t2_dist.training.nonfinite import SkippedSteps, require_finite
 from s2t2_dist.training.preflight import check_resume
 from s2t2_dist.training.schedule import learning_rate
@@ -93,9 +94,10 @@ class Trainer:
         """Run the stages from the checkpoint's on; returns the exit code."""
         first = self.position.stage_index if self.position else 0
         self._write_status("running", stage=self.recipe.stages[first].name)
+        evaluation = None
         try:
             for index in range(first, len(self.recipe.stages)):
-                evaluation = self._run_stage(index)
+                evaluation = self._run_stage(index, evaluation)
         except PreemptedError:
             self._end("preempted", "KILLED")
             return EXIT_PREEMPTED
@@ -120,7 +122,12 @@ class Trainer:
         if self.mlflow:
             self.mlflow.close(mlflow_status)
 
-    def _run_stage(self, index: int) -> Evaluation:
+    def _run_stage(self, index: int, before: Evaluation | None) -> Evaluation:
+        """Run a stage from its start or checkpoint.
+
+        Args:
+            before: the last evaluation of the stage before it, if this job ran it.
+        """
         stage = self.recipe.stages[index]
         seed_step(self.recipe.seed, index, 0, 0)
         runner = make_stage(self.context, stage)
@@ -130,8 +137,12 @@ class Trainer:
             runner.load(self.resume_dir, self.position.world_size)
         progress = Progress(stage.name, start, stage.max_steps, self.comm.rank)
         if not resuming:
+            runner.probe()
             evaluation = self._evaluate(runner, stage)
             self._log(stage, index, 0, evaluation.metrics(), progress)
+            if before is not None and uses_translation_of_run(stage):
+                dtype = getattr(torch, self.recipe.model.dtype)
+                require_folded(before.loss, evaluation.loss, dtype)
         elif start == stage.max_steps:  # its last evaluation is in the metrics already
             evaluation = self._evaluate(runner, stage)
         steps = range(start, stage.max_steps)

@@ -31,8 +31,10 @@ from s2t2_dist.config import (
     recipe_values,
 )
 from s2t2_dist.data.shards import require_tokenizer, tokenizer_sha256
-from s2t2_dist.errors import ArtifactError, ConfigError, PreflightError, collective
-from s2t2_dist.lm.folder import WeightFiles, local_folder, random_lm_config
+from s2t2_dist.errors import ConfigError, PreflightError, collective
+from s2t2_dist.lm.architecture import random_lm_config
+from s2t2_dist.lm.fold import require_translatable
+from s2t2_dist.lm.folder import WeightFiles, local_folder
 from s2t2_dist.lm.sizes import (
     CHECKPOINT_BYTES,
     accumulation_dtype,
@@ -54,16 +56,6 @@ PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "numpy", "pyarr
 SHARED_SECONDS = 60.0
 GIB = 2**30
 
-# Config keys by which architectures change `hidden @ head.T` (Cohere, Granite, Falcon-H1, Gemma,
-# RecurrentGemma, xLSTM), with the values that leave it as it is.
-LOGIT_KEYS = {
-    "logit_scale": (None, 1),
-    "logits_scaling": (None, 1),
-    "lm_head_multiplier": (None, 1),
-    "final_logit_softcapping": (None,),
-    "logits_soft_cap": (None,),
-    "output_logit_soft_cap": (None,),
-}
 FROZEN_ZERO_STAGES = (0, 3)
 
 
@@ -136,18 +128,23 @@ def check_inputs(context: Context) -> None:
         return
     weights = WeightFiles(local_folder(recipe.model))
     weights.check()
+    if recipe.model.gradient_checkpointing and not weights.recomputes:
+        raise ConfigError(
+            f"model.gradient_checkpointing: {weights.config.model_type} models have none in "
+            "transformers; set it to false"
+        )
     _check_length(weights.config, context.train.context)
     tokenizer_sha256(weights.folder)
     for stage in recipe.stages:
         assert not isinstance(stage, Pretrain), "a pretrain stage has no folder to start from"
         if isinstance(stage, Translate):
-            _check_translate(stage, weights, context.deepspeed)
+            _check_translate(stage, weights, context.deepspeed, data["vocab_size"])
         else:
             _check_finetune(stage, weights, data)
 
 
 def _check_length(config: PretrainedConfig, rows_of: int) -> None:
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and rows_of > longest:
         raise ConfigError(
             f"the data's rows have {rows_of} tokens, but the model's max_position_embeddings is "
@@ -155,21 +152,14 @@ def _check_length(config: PretrainedConfig, rows_of: int) -> None:
         )
 
 
-def _check_translate(stage: Translate, weights: WeightFiles, deepspeed: dict) -> None:
+def _check_translate(stage: Translate, weights: WeightFiles, deepspeed: dict, U: int) -> None:
     zero = deepspeed.get("zero_optimization", {}).get("stage", 0)
     if zero not in FROZEN_ZERO_STAGES:
         raise ConfigError(
             f"deepspeed: zero_optimization.stage is {zero}, which cannot hold a frozen model; "
             f"stage {stage.name} needs 3 (or 0, a whole model on every rank)"
         )
-    for key, neutral in LOGIT_KEYS.items():
-        value = getattr(weights.config, key, None)
-        if value not in neutral:
-            raise ConfigError(
-                f"stages.{stage.name}: the model's {key} is {value}, but a translation is learned "
-                "through plain logits (hidden states times head); choose another model"
-            )
-    _check_vocabulary(stage.name, weights)
+    require_translatable(weights, U)
     source_rows(stage, weights)
 
 
@@ -177,28 +167,15 @@ def _check_finetune(stage: Finetune, weights: WeightFiles, data: dict) -> None:
     if stage.init == "source":
         require_tokenizer(data, weights.folder)
         return
-    _check_vocabulary(stage.name, weights)
-    if stage.init == "truncate" and data["vocab_size"] > weights.vocab_size:
+    U, V = data["vocab_size"], weights.vocabulary.size
+    require_translatable(weights, U)
+    if stage.init == "truncate" and U > V:
         raise ConfigError(
-            f"stages.{stage.name}.init: truncate keeps {data['vocab_size']} rows, but the "
-            f"model has {weights.vocab_size}; take a smaller vocabulary"
+            f"stages.{stage.name}.init: truncate keeps {U} rows, but the "
+            f"model has {V}; take a smaller vocabulary"
         )
     if stage.init == "translation" and stage.translation is not None:
         check_translation(load_translation(stage.translation), weights.folder, data)
-
-
-def _check_vocabulary(stage_name: str, weights: WeightFiles) -> None:
-    """The embedding and the head can be read row by row, and are all that depends on tokens."""
-    for name in (weights.embed_name, weights.head_name):
-        if name not in weights.file_of:
-            raise ArtifactError(
-                f"{weights.folder} holds no {name}; load it with transformers and save it again"
-            )
-    if weights.head_bias:
-        raise ConfigError(
-            f"stages.{stage_name}: the model's LM head has a bias, one number per source token, "
-            "which has no translation; choose another model"
-        )
 
 
 def check_room(context: Context) -> None:

@@ -25,7 +25,8 @@ from s2t2_dist.data.shards import tokenizer_sha256
 from s2t2_dist.errors import DataError, collective
 from s2t2_dist.lm import engine
 from s2t2_dist.lm.folder import WeightFiles, local_folder
-from s2t2_dist.lm.load import load_lm
+from s2t2_dist.lm.load import load_lm, token_rows
+from s2t2_dist.lm.probe import plain_logits, probe_engine, probe_rows
 from s2t2_dist.lm.translation import TRANSLATION_DIR, save_translation
 from s2t2_dist.lm.vocabulary import source_rows, target_marginal
 from s2t2_dist.ot import Translator, make_solver, row_range
@@ -37,7 +38,7 @@ from s2t2_dist.training.translate_checkpoint import load_plans, save_plans
 # 4 within 5 to 20 steps and to almost none later. A row that has a gradient has 2 such entries.
 LEAST_GRADIENTS_PER_ROW = 4
 MOST_LEAST_SHARE = 1 / 16  # of C, where U is so small that 4 of a row are a larger share
-
+PROBED = 64  # tokens of the source, about, with which the engine is probed
 
 _log = logging.getLogger(__name__)
 
@@ -53,15 +54,20 @@ class TranslateStage:
         tokens, mu = source_rows(stage, weights)
         start, stop = row_range(len(tokens), context.comm.rank, context.comm.size)
         self.rows = (start, stop)
-        self.source_vocab_size = weights.vocab_size
+        self.source_vocab_size = weights.vocabulary.size
         self.token_ids_R, self.source_marginal = tokens[start:stop], mu[start:stop]
         self.target_marginal = target_marginal(stage.target_marginal, context.train)
-        embed_RD = weights.rows(weights.embed_name, self.token_ids_R).to(context.device)
-        tied = weights.head_name == weights.embed_name
-        head_RD = embed_RD if tied else weights.rows(weights.head_name, self.token_ids_R)
+        settings = engine.engine_settings(
+            context.deepspeed, context.recipe.model, stage, context.comm.size
+        )
+        lm = load_lm(self.folder, context.recipe.model, settings)
+        matrices = token_rows(lm, weights, self.token_ids_R)
+        self.width = matrices.embed_RD.shape[1]
+        self.probed_S = tokens[:: max(1, len(tokens) // PROBED)]
+        self.probed = token_rows(lm, weights, self.probed_S)
+        self.lm = engine.FrozenLM(lm, settings, context.recipe.model.gradient_checkpointing)
         self.translator = Translator(
-            embed_RD,
-            head_RD.to(context.device),
+            *matrices.side_by_side(context.device),
             self.source_marginal,
             self.target_marginal,
             solver=make_solver(stage.method, stage.iterations, stage.tolerance),
@@ -79,13 +85,22 @@ class TranslateStage:
             fused=True,
         )
         self.warned = False
-        settings = engine.engine_settings(
-            context.deepspeed, context.recipe.model, stage, context.comm.size
-        )
-        lm = load_lm(self.folder, context.recipe.model, settings)
-        recompute = context.recipe.model.gradient_checkpointing
-        self.lm = engine.FrozenLM(lm, settings, recompute)
         self.translated = None
+
+    def probe(self) -> None:
+        """Give the engine rows of E and L as E' and L': it must say what the model says of them."""
+        context, dtype = self.context, getattr(torch, self.context.recipe.model.dtype)
+        probed_S = self.probed_S.to(context.device)
+        vocabulary = self.probed.to(context.device)
+
+        def logits(ids_BT: torch.Tensor, *positions: torch.Tensor) -> torch.Tensor:
+            return self.lm.logits(ids_BT, vocabulary, *positions)
+
+        def expected() -> torch.Tensor:
+            return plain_logits(self.folder, probed_S[ids_BT], dtype)[..., self.probed_S]
+
+        ids_BT = probe_rows(len(probed_S), context.device)
+        probe_engine(logits, ids_BT, expected, context.recipe.data.document_mask, context.comm)
 
     def evaluation_mode(self, on: bool) -> None:
         """Solve once for a whole evaluation."""
@@ -100,10 +115,10 @@ class TranslateStage:
         self, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Next-target-token logits (B, T, U) under the plan of the current step."""
-        embed_UD, head_UD = self.translated.embed_UD, self.translated.head_UD
-        embeds_BTD = torch.nn.functional.embedding(input_ids_BT, embed_UD)
-        hidden_BTD = self.lm.hidden(embeds_BTD, position_ids_BT)
-        return hidden_BTD @ head_UD.to(hidden_BTD.dtype).T
+        embed_UK, head_UK, D = self.translated.embed_UD, self.translated.head_UD, self.width
+        bias_U = head_UK[:, D] if head_UK.shape[1] > D else None
+        vocabulary = embed_UK[:, :D], head_UK[:, :D], bias_U
+        return self.lm.logits(input_ids_BT, vocabulary, position_ids_BT)
 
     def train_step(
         self, batches: list[Batch], predicted: int, learning_rate: float

@@ -23,7 +23,7 @@ from s2t2_dist.data.batches import load_batch
 from s2t2_dist.data.evaluate import evaluate
 from s2t2_dist.data.shards import ShardReader
 from s2t2_dist.lm import engine
-from s2t2_dist.lm.folder import fold
+from s2t2_dist.lm.fold import fold
 from s2t2_dist.lm.load import load_lm
 from s2t2_dist.sizing.stages import Hardware, Inputs, StageSize, size_stage
 from s2t2_dist.training.context import Context, StageRunner

@@ -80,12 +80,13 @@ def _frozen(comm, settings: dict, lm: ModelConfig) -> dict:
     model = load_lm(Path(lm.model_name_or_path), lm, full)
     frozen = engine.FrozenLM(model, full, recompute=False)
     random = torch.manual_seed(1)
-    embeds = torch.randn(1, 8, frozen.backbone.config.hidden_size, generator=random)
-    embeds.requires_grad_()
-    frozen.hidden(embeds).square().sum().backward()
+    embed, head = torch.randn(2, 30, model.config.hidden_size, generator=random).unbind()
+    embed.requires_grad_()
+    ids = torch.randint(30, (1, 8), generator=random)
+    frozen.logits(ids, (embed, head, None)).square().sum().backward()
     holder = type(frozen.engine.optimizer).__name__
     frozen.close()
-    return {"embed_grad": embeds.grad, "frozen_holder": holder}
+    return {"embed_grad": embed.grad, "frozen_holder": holder}
 
 
 def _trained(comm, settings: dict, lm: ModelConfig) -> dict:

@@ -59,35 +59,52 @@ def _as_launched(comm) -> None:
     os.environ.update({name: str(value) for name, value in names.items()})
 
 
+def _folded(embed, head) -> OlmoForCausalLM:
+    """The small model with another vocabulary, by transformers alone."""
+    lm = _small_lm()
+    lm.model.embed_tokens.weight = torch.nn.Parameter(embed)
+    lm.lm_head.weight = torch.nn.Parameter(head)
+    return lm
+
+
 def _frozen(comm) -> dict:
     _as_launched(comm)
     stage = Translate(kind="translate", max_steps=1)
     settings = engine.engine_settings(ZERO, MODEL, stage, comm.size)
     torch.manual_seed(comm.rank)
-    embeds = torch.randn(2, 5, 16)
-    expected = _small_lm().base_model(inputs_embeds=embeds).last_hidden_state
+    embed, head = torch.randn(2, 30, 16).unbind()
+    ids = torch.randint(30, (2, 5))
+    folded = _folded(embed, head)
+    expected = folded(ids).logits
+    expected.square().sum().backward()
+    expected, largest = expected.detach(), float(expected.detach().abs().max())
+    wanted = folded.model.embed_tokens.weight.grad, folded.lm_head.weight.grad
     frozen = engine.FrozenLM(_small_lm(), settings, recompute=False)
     coordinator = frozen.engine.optimizer.get_param_coordinator()
     error, complete = 0.0, []
     for evaluating in (False, False, False, True, True, False, False, False):
         frozen.train_mode(not evaluating)
         with torch.set_grad_enabled(not evaluating):
-            leaf = embeds.clone().requires_grad_()
-            hidden = frozen.hidden(leaf)
+            leaves = [part.clone().requires_grad_() for part in (embed, head)]
+            logits = frozen.logits(ids, (*leaves, None))
         complete.append(coordinator.is_complete_trace())
         if not evaluating:
-            hidden.sum().backward()
-        error = max(error, float((hidden - expected).abs().max()))
+            logits.square().sum().backward()
+            off = (
+                (leaf.grad - grad).abs().max() / grad.abs().max()
+                for leaf, grad in zip(leaves, wanted, strict=True)
+            )
+            error = max(error, *map(float, off))
+        error = max(error, float((logits.detach() - expected).abs().max()) / largest)
     frozen.train_mode(False)
     with torch.no_grad():
         positions = torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 3, 4]])
-        apart = frozen.hidden(embeds, positions)
-        alone = _small_lm().base_model(inputs_embeds=embeds[:1, 2:]).last_hidden_state
-    masked = float((apart[0, 2:] - alone[0]).abs().max())
-    across = float((apart[0, 2:] - expected[0, 2:]).abs().max())
-    frozen.backbone.train(True)
-    frozen.train_mode(False)
-    training = {module.training for module in frozen.backbone.modules()}
+        apart = frozen.logits(ids, (embed, head, None), positions)
+        alone = folded(ids[:1, 2:]).logits
+    masked = float((apart[0, 2:] - alone[0]).abs().max()) / largest
+    across = float((apart[0, 2:] - expected[0, 2:]).abs().max()) / largest
+    frozen.train_mode(True)
+    training = {module.training for module in frozen.engine.module.modules()}
     return {
         "error": error,
         "complete": complete,

@@ -35,7 +35,7 @@ def weights(tmp_path_factory):
 
 
 def test_any_part_of_a_weight_is_read_in_its_order(weights):
-    name = weights.embed_name
+    name = weights.vocabulary.embed
     whole = weights.read(name)
     flat = whole.reshape(-1)
     for start, stop in [(0, 1), (255, 257), (300, 300), (0, flat.numel()), (250_000, 300_000)]:
@@ -47,7 +47,7 @@ def test_any_part_of_a_weight_is_read_in_its_order(weights):
 
 def test_a_weight_of_another_shape_is_refused(weights):
     with pytest.raises(ArtifactError, match=r"has shape \(1001, 256\), but the config makes it"):
-        read_flat(weights, weights.embed_name, torch.Size((1001, 255)), 0, 5)
+        read_flat(weights, weights.vocabulary.embed, torch.Size((1001, 255)), 0, 5)
 
 
 def test_a_scalar_is_read(tmp_path, weights):

@@ -17,8 +17,9 @@ from s2t2_dist.data.order import row_at
 from s2t2_dist.data.shards import ShardReader
 from s2t2_dist.errors import ArtifactError, DataError
 from s2t2_dist.lm.result import write_model
+from s2t2_dist.report.contents import UNTRAINED
 from s2t2_dist.report.export import copy_weights, release, untrained_ids
-from s2t2_dist.report.verify import UNTRAINED, verify_model
+from s2t2_dist.report.verify import verify_model
 from tests.conftest import make_source_model
 from tests.report import runs
 from tests.report.runs import evaluate_folder, make_exportable_run

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from s2t2_dist import artifacts, cli
 from s2t2_dist.errors import ArtifactError
-from s2t2_dist.report.verify import CHECKS, UNTRAINED, require_verified, verify_model
+from s2t2_dist.report.contents import UNTRAINED
+from s2t2_dist.report.verify import CHECKS, require_verified, verify_model
 from tests.conftest import make_source_model
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -74,13 +74,13 @@ def test_hpz_keeps_a_second_copy_of_the_weights_in_the_node():
     batch = ["stages.translate.train_batch_size=32"]
     frozen = planned(ONE_B, "olmo-1b", 32, "translate", "zero3-hpz", batch).traffic
     assert frozen["gathering weights"] == 0  # they never change
-    N = DEPTH * LAYER_1B + 50_304 * 2048
+    N = DEPTH * LAYER_1B  # without the source's vocabulary
     assert frozen["gathering weights in the node"] == 2 * (2 * N * 7 // 8)
 
 
 def test_a_translate_stage_holds_a_frozen_partition_and_its_rows():
     parts = planned(ONE_B, "olmo-1b", 8, "translate").phases["translator"]
-    assert parts["weights"] == 2 * (DEPTH * LAYER_1B + 50_304 * 2048) // 8
+    assert parts["weights"] == 2 * DEPTH * LAYER_1B // 8  # without the source's vocabulary
     assert parts["C"] == 4 * (50_280 // 8) * 512 == parts["AdamW moments"] // 2
     separate = ["stages.translate.plans=separate"]
     twice = planned(ONE_B, "olmo-1b", 8, "translate", overrides=separate).phases["translator"]
