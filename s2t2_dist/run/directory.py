@@ -18,9 +18,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TextIO
 
-import yaml
-
-from s2t2_dist import artifacts
+from s2t2_dist import artifacts, yaml12
 from s2t2_dist.config import Recipe, changed_keys, recipe_values
 from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error
 
@@ -57,7 +55,7 @@ def claimed(run_dir: Path, recipe: Recipe, inputs: dict, resume: str) -> Iterato
         # Written last, because it makes this a run directory. Rewritten at each start, because
         # the keys in FREE_KEYS may change.
         values = recipe_values(recipe)
-        artifacts.write_text(run_dir / CONFIG, yaml.safe_dump(values, sort_keys=False))
+        artifacts.write_text(run_dir / CONFIG, yaml12.dump(values))
         yield
 
 
@@ -162,7 +160,7 @@ def check(run_dir: Path, recipe: Recipe, inputs: dict, resume: str) -> None:
         return
     if resume == "never":
         raise ConfigError(f"{run_dir} holds a run and --resume is never; choose another output_dir")
-    old = _decisive(yaml.safe_load(config.read_text(encoding="utf-8")))
+    old = _decisive(yaml12.parse(config.read_text(encoding="utf-8")))
     changes = changed_keys(old, _decisive(recipe_values(recipe)))
     if changes:
         raise ConfigError(
