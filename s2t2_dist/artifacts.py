@@ -12,7 +12,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from s2t2_dist.errors import ArtifactError, S2T2Error
 
 MANIFEST = "manifest.json"
 COMPLETE = "COMPLETE"
+NEW_FILE = 0o666  # permissions of a new file, before the umask
 
 
 def sha256_file(path: Path) -> str:
@@ -89,13 +92,29 @@ def list_files(directory: Path) -> list[str]:
 
 
 def describe_files(directory: Path, names: list[str]) -> dict[str, dict]:
-    """Size in bytes and sha256 of the named files, each flushed to the device first."""
+    """Size in bytes and sha256 of the named files, each flushed to the device first.
+
+    They get the permissions of any new file: safetensors makes its own for the owner alone.
+    """
     entries = {}
     for name in names:
         path = directory / name
+        _let_umask_decide(path)
         fsync_path(path)
         entries[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     return entries
+
+
+def _let_umask_decide(path: Path) -> None:
+    """Give a file the permissions of any new file.
+
+    The umask is read from /proc: Python can only read it by setting it, for every thread.
+    """
+    status = Path("/proc/self/status").read_text()
+    umask = int(re.search(r"^Umask:\s*(\d+)", status, re.MULTILINE)[1], 8)
+    wanted = NEW_FILE & ~umask
+    if not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) != wanted:
+        path.chmod(wanted)
 
 
 def seal(directory: Path, record: dict, files: dict[str, dict] | None = None) -> None:
