@@ -72,14 +72,19 @@ def read_json(path: Path) -> dict:
     """Read a JSON object.
 
     Raises:
-        ArtifactError: the file is missing or is not JSON.
+        ArtifactError: the file is missing, or is not JSON, or no object.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtifactError(f"{path} does not exist") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError
         raise ArtifactError(f"{path} is not valid JSON ({error}); was it edited or cut?") from None
+    if not isinstance(found, dict):
+        raise ArtifactError(
+            f"{path} holds a {type(found).__name__}, expected an object; was it edited?"
+        )
+    return found
 
 
 def list_files(directory: Path) -> list[str]:

@@ -10,12 +10,12 @@ import torch
 
 from s2t2_dist import comm
 from s2t2_dist.comm import agree
-from s2t2_dist.config import Recipe, Translate
+from s2t2_dist.config import Recipe
 from s2t2_dist.data.shards import ShardReader, require_tokenizer
 from s2t2_dist.errors import S2T2Error
 from s2t2_dist.lm import engine
-from s2t2_dist.lm.folder import local_folder
-from s2t2_dist.run import checkpoint, directory, heartbeat
+from s2t2_dist.lm.inputs import inputs_of
+from s2t2_dist.run import checkpoint, directory, heartbeat, identity
 from s2t2_dist.run.tracking import is_shipped
 from s2t2_dist.training import preflight
 from s2t2_dist.training.context import Context
@@ -74,7 +74,7 @@ def _run_job(
 ) -> int:
     world = context.comm
     with contextlib.ExitStack() as held:
-        state = agree(world, lambda: _claim(context, resume, held), "making the run directory")
+        state = _claim(context, resume, held)
         preflight.check_shared(context.run_dir, world)
         if world.broadcast_object(state) != "done":
             return Trainer(context, _asked_for(resume), await_cause, parent).run()
@@ -106,32 +106,42 @@ def _open_inputs(recipe: Recipe, world: comm.Comm, device: torch.device) -> Cont
 
 
 def _claim(context: Context, resume: str, held: contextlib.ExitStack) -> str | None:
-    """On rank 0, make or take over the run directory, and read its state; `held` unlocks it."""
-    if context.comm.rank != 0:
-        return None
-    claimed = directory.claimed(context.run_dir, context.recipe, _inputs(context), resume)
-    held.enter_context(claimed)
-    return directory.read_state(context.run_dir)
+    """Make or take over the run directory on rank 0, which gets its state. A collective.
+
+    Args:
+        held: unlocks the directory.
+    """
+    inputs = _identify(context)
+
+    def claim() -> str | None:
+        if context.comm.rank != 0:
+            return None
+        claimed = directory.claimed(context.run_dir, context.recipe, inputs, resume)
+        held.enter_context(claimed)
+        return directory.read_state(context.run_dir)
+
+    return agree(context.comm, claim, "making the run directory")
 
 
-def _inputs(context: Context) -> dict:
-    """What identifies the files that the run reads."""
-    recipe = context.recipe
-    base = local_folder(recipe.model) if recipe.model.config is None else None
-    translates = [stage for stage in recipe.stages if isinstance(stage, Translate)]
-    others = [path for stage in translates for path in (stage.source_tokens, stage.source_marginal)]
-    data = context.train.directory
-    return directory.identify_inputs(data, context.deepspeed, base, others)
+def _identify(context: Context) -> dict:
+    """The content of everything that the run reads. A collective."""
+    recipe, world = context.recipe, context.comm
+
+    inputs = agree(world, lambda: inputs_of(recipe), "listing the inputs")
+    known = identity.known(context.run_dir) if world.rank == 0 else None
+    found = identity.identify(inputs, world.broadcast_object(known), world)
+    return found | {identity.DEEPSPEED: identity.of_value(context.deepspeed, recipe.deepspeed)}
 
 
 def _rehearse(context: Context, resume: str) -> None:
     """Check what a start would find in the run directory; print what it would do. A collective."""
     run_dir, world = context.run_dir, context.comm
+    inputs = _identify(context)
 
     def look() -> str | None:
         if world.rank != 0:
             return None
-        directory.check(run_dir, context.recipe, _inputs(context), resume)
+        directory.check(run_dir, context.recipe, inputs, resume)
         directory.check_unlocked(run_dir)
         return directory.read_state(run_dir)
 

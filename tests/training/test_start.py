@@ -1,11 +1,15 @@
 """A dry run: what a start would find in the run directory, said or refused, and nothing written."""
 
+import json
+import os
 import re
+import shutil
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from s2t2_dist.comm import Comm
 from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error
@@ -133,3 +137,125 @@ def test_a_run_in_which_a_job_runs_is_refused(context):
     rehearse(run)
     with directory.locked(run.run_dir):  # nobody holds it any more
         pass
+
+
+# What a run stands on
+
+
+@pytest.fixture
+def own(context, tmp_path) -> Context:
+    """A stopped run whose model, data and settings are copies that a test may change."""
+    model = shutil.copytree(context.recipe.model.model_name_or_path, tmp_path / "model")
+    data = shutil.copytree(context.recipe.data.path, tmp_path / "data")
+    return stopped(moved(context, model, data))
+
+
+def moved(context: Context, model: Path | str, data: Path | str, **stages: dict) -> Context:
+    recipe = context.recipe
+    changes = {
+        "model": recipe.model.model_copy(update={"model_name_or_path": str(model)}),
+        "data": recipe.data.model_copy(update={"path": Path(data)}),
+        "stages": [s.model_copy(update=stages.get(s.name, {})) for s in recipe.stages],
+    }
+    return replace(context, recipe=recipe.model_copy(update=changes))
+
+
+def other_weights(folder: Path) -> None:
+    """Of the same size, with the times of the old file."""
+    path = folder / "model.safetensors"
+    size, before = path.stat().st_size, path.stat()
+    weights = load_file(path)
+    save_file({k: -v for k, v in weights.items()}, path, metadata={"format": "pt"})
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == size
+
+
+def other_json(name: str):
+    def change(folder: Path) -> None:
+        values = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**values, "other": 1}))
+
+    return change
+
+
+def one_file_more(folder: Path) -> None:
+    (folder / "special_tokens_map.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (other_weights, "model, model.safetensors: "),
+        (other_json("tokenizer.json"), "model, tokenizer.json: "),
+        (other_json("tokenizer_config.json"), "model, tokenizer_config.json: "),
+        (other_json("config.json"), "model, config.json: "),
+        (one_file_more, "model, special_tokens_map.json: none -> "),
+    ],
+)
+def test_a_base_model_that_changed_is_refused(change, named, own):
+    change(Path(own.recipe.model.model_name_or_path))
+    with pytest.raises(ConfigError, match=f"was started with other files .*{named}"):
+        rehearse(own)
+
+
+def test_other_data_are_refused(own, source_data):
+    with pytest.raises(ConfigError, match=r"other files \(data, manifest.json: "):
+        rehearse(moved(own, own.recipe.model.model_name_or_path, source_data))
+
+
+def test_files_that_stages_read_are_inputs(context, source_data, tmp_path):
+    """A file of token ids and a folder of source data; what is not read may change."""
+    ids = tmp_path / "ids.txt"
+    ids.write_text("\n".join(map(str, range(400))))
+    folder = shutil.copytree(source_data, tmp_path / "source")
+    choice = {"source_tokens": str(ids), "source_marginal": str(folder)}
+    where = (context.recipe.model.model_name_or_path, context.recipe.data.path)
+    run = stopped(moved(context, *where, translate=choice))
+    rehearse(run)
+    ids.write_text("\n".join(map(str, range(399))))
+    with pytest.raises(ConfigError, match=r"stages.translate.source_tokens, file: "):
+        rehearse(run)
+    ids.write_text("\n".join(map(str, range(400))))
+    shutil.rmtree(folder)
+    shutil.copytree(context.recipe.data.path, folder)
+    with pytest.raises(ConfigError, match=r"stages.translate.source_marginal, manifest.json: "):
+        rehearse(run)
+
+
+def test_another_spelling_and_another_place_are_the_same_inputs(own, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for model, data in (("model/", "./data"), (tmp_path / "model", "data/../data")):
+        rehearse(moved(own, model, data))
+    (tmp_path / "model").rename(tmp_path / "elsewhere")
+    shutil.copytree(tmp_path / "data", tmp_path / "copied")
+    there = moved(own, "elsewhere", "copied")
+    rehearse(there)
+    (tmp_path / "own.json").write_text(json.dumps(own.deepspeed, indent=7))
+    settings = {"deepspeed": Path("own.json")}
+    rehearse(replace(there, recipe=there.recipe.model_copy(update=settings)))
+
+
+def test_a_run_of_the_earlier_version_resumes(own, caplog):
+    """Its inputs.json knew the sizes of weights alone; the next start knows their content."""
+    path = own.run_dir / "inputs.json"
+    inputs = json.loads(path.read_text())["inputs"]
+
+    def sha(role: str, name: str) -> str:
+        return inputs[role]["files"][name]["sha256"]
+
+    old = {
+        "data manifest sha256": sha("data", "manifest.json"),
+        "deepspeed settings sha256": sha("deepspeed", "settings"),
+        "model config.json sha256": sha("model", "config.json"),
+        "model weight files (bytes)": {
+            "model.safetensors": inputs["model"]["files"]["model.safetensors"]["bytes"]
+        },
+    }
+    path.write_text(json.dumps({**old, "data manifest sha256": "0" * 64}))
+    with pytest.raises(ConfigError, match=r"data, manifest.json: 000000000000 -> "):
+        rehearse(own)
+    path.write_text(json.dumps(old))
+    with ExitStack() as held:
+        start._claim(own, "auto", held)
+    assert "is of an earlier version: its weights are compared by size" in caplog.text
+    assert json.loads(path.read_text())["inputs"] == inputs

@@ -1,0 +1,115 @@
+"""The inputs of a run by their role, and the files that it reads of each."""
+
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from s2t2_dist import artifacts
+from s2t2_dist.comm import Comm
+from s2t2_dist.config import Finetune, Recipe, Translate
+from s2t2_dist.errors import ArtifactError
+from s2t2_dist.lm.folder import INDEX, local_folder
+from s2t2_dist.run import directory, identity
+from s2t2_dist.run.identity import Input
+
+# Of a model folder, besides its weights. No other file changes a result.
+MODEL_FILES = (
+    "config.json",
+    INDEX,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+)
+FILE = "file"  # name of the only file of an input that is a file
+
+
+def inputs_of(recipe: Recipe) -> dict[str, Input]:
+    """The inputs of a recipe, but for the DeepSpeed JSON, which is known by its values."""
+    data = recipe.data.path
+    inputs = {"data": _sealed(str(data))}
+    if recipe.model.config is None:
+        folder = local_folder(recipe.model)
+        inputs["model"] = Input(recipe.model.model_name_or_path, folder, _model_files(folder))
+    for stage in recipe.stages:
+        given = {}
+        if isinstance(stage, Translate):
+            given = {"source_tokens": stage.source_tokens, "source_marginal": stage.source_marginal}
+        elif isinstance(stage, Finetune) and stage.translation is not None:
+            given = {"translation": str(stage.translation)}
+        for key, value in given.items():
+            if directory.is_path(key, value):
+                path = Path(value)
+                found = _sealed(value) if path.is_dir() else Input(value, path, {FILE: path})
+                inputs[f"stages.{stage.name}.{key}"] = found
+    return inputs
+
+
+def _sealed(given: str) -> Input:
+    """A sealed directory is known by its manifest, which has the hash of every file."""
+    return Input(given, Path(given), {artifacts.MANIFEST: Path(given) / artifacts.MANIFEST})
+
+
+def _model_files(folder: Path) -> dict[str, Path]:
+    names = {name for name in MODEL_FILES if (folder / name).is_file()}
+    if INDEX in names:
+        names |= set(artifacts.read_json(folder / INDEX).get("weight_map", {}).values())
+    else:
+        names |= {path.name for path in folder.glob("*.safetensors")}
+    return {name: folder / name for name in names}
+
+
+def recorded_recipe(run_dir: Path) -> Recipe:
+    """The recipe of a run, with every input where it is now.
+
+    An input is looked for where it was at the last start, then at the same place relative to the
+    run directory, then as the recipe names it, relative to the working directory.
+
+    Raises:
+        ArtifactError, ConfigError: not a run directory, or its files are damaged.
+    """
+    recipe = directory.read_recipe(run_dir)
+    record = identity.read(run_dir)
+
+    def moved(part: BaseModel, key: str, role: str) -> BaseModel:
+        place = _place(record, role, run_dir)
+        return part.model_copy(update={key: place}) if place else part
+
+    model = moved(recipe.model, "model_name_or_path", "model")
+    changes = {
+        "data": moved(recipe.data, "path", "data"),
+        "model": model.model_copy(update={"model_name_or_path": _text(model.model_name_or_path)}),
+        "stages": [moved(s, "translation", f"stages.{s.name}.translation") for s in recipe.stages],
+    }
+    return recipe.model_copy(update=changes)
+
+
+def _text(path: Path | str | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _place(record: dict, role: str, run_dir: Path) -> Path | None:
+    return next((path for path in identity.places(record, role, run_dir) if path.exists()), None)
+
+
+def require_unchanged(run_dir: Path, recipe: Recipe, *roles: str) -> None:
+    """Inputs of a finished run still hold what it was trained with.
+
+    Args:
+        recipe: of `recorded_recipe`.
+
+    Raises:
+        ArtifactError: one does not; names its files.
+    """
+    old = identity.read(run_dir)["inputs"]
+    inputs = {role: what for role, what in inputs_of(recipe).items() if role in roles}
+    new = identity.identify(inputs, old, Comm())
+    if changes := identity.differences(old, new):
+        where = ", ".join(str(what.path) for what in inputs.values())
+        raise ArtifactError(
+            f"{where} changed after {run_dir} was trained ({'; '.join(changes)}); restore it"
+        )
