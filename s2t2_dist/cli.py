@@ -177,17 +177,24 @@ def export(
     max_shard_size: Annotated[
         str, typer.Option(help="Size of the largest safetensors file.")
     ] = "5GB",
+    evaluate: Annotated[
+        bool,
+        typer.Option(
+            "--evaluate/--no-evaluate",
+            help="Evaluate it on the whole validation split; compare with the run's number.",
+        ),
+    ] = True,
 ):
     """Write a finished run's model as a Hugging Face folder.
 
-    The folder is verified before it appears.
+    The folder is verified and evaluated before it appears, on the GPU if there is one.
 
     Example: `s2t2 export runs/quickstart --out exports/protein`
     """
     from s2t2_dist.report.export import release
 
-    release(run_dir, out, max_shard_size)
-    print(f"{out} written and verified")
+    release(run_dir, out, max_shard_size, evaluate)
+    print(f"{out} written and verified{', not evaluated' * (not evaluate)}")
 
 
 @app.command("verify")
@@ -274,14 +281,24 @@ def run(arguments: list[str]) -> int:
         return end.code or 0
     except S2T2Error as error:
         problem = error
-    except OSError as error:
-        problem = artifacts.disk_error(error, f"running s2t2 {' '.join(arguments[:2])}")
+    except Exception as error:
+        problem = _known_problem(error, f"running s2t2 {' '.join(arguments[:2])}")
         if problem is None:
             raise
     if not problem.collective or os.environ.get("RANK", "0") == "0":  # rank 0 speaks for all
         for line in problem.lines:
             print(f"error: {line}", file=sys.stderr)
     return USER_ERROR
+
+
+def _known_problem(error: Exception, doing: str) -> S2T2Error | None:
+    """The one-line error for what is no bug of ours; None for any other exception."""
+    if isinstance(error, OSError):
+        return artifacts.disk_error(error, doing)
+    if type(error).__name__ == "SafetensorError":  # importing its class takes a while
+        reason = " ".join(str(error).split())
+        return S2T2Error(f"weights could not be read or written while {doing}: {reason}")
+    return None
 
 
 if __name__ == "__main__":

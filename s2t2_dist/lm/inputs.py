@@ -76,6 +76,9 @@ def recorded_recipe(run_dir: Path) -> Recipe:
     record = identity.read(run_dir)
 
     def moved(part: BaseModel, key: str, role: str) -> BaseModel:
+        given = record["inputs"].get(role, {}).get("given")
+        if given != str(getattr(part, key, None)):  # another one than at the last start
+            return part
         place = _place(record, role, run_dir)
         return part.model_copy(update={key: place}) if place else part
 

@@ -6,8 +6,9 @@ from functools import cached_property
 from pathlib import Path
 
 from s2t2_dist import artifacts
-from s2t2_dist.config import Finetune, Recipe, Stage, Translate, load_recipe
+from s2t2_dist.config import Finetune, Recipe, Stage, Translate
 from s2t2_dist.errors import ArtifactError, DataError
+from s2t2_dist.lm.inputs import recorded_recipe, require_unchanged
 from s2t2_dist.lm.translation import TRANSLATION_DIR, Translation, load_translation
 from s2t2_dist.run.tracking import METRICS, read_metrics
 
@@ -74,10 +75,7 @@ def read_run(path: Path) -> FinishedRun:
         ArtifactError: not a run directory, or the run is not done.
         ConfigError: its config.yaml is not a recipe.
     """
-    if not (path / "config.yaml").is_file():
-        raise ArtifactError(
-            f"{path} is not a run directory (no config.yaml); give a run's output_dir"
-        )
+    recipe = recorded_recipe(path)
     status = artifacts.read_json(path / "status.json")
     if status.get("state") != "done":
         reason = f" ({status['reason']})" if "reason" in status else ""
@@ -85,7 +83,8 @@ def read_run(path: Path) -> FinishedRun:
             f"{path} is {status.get('state')}{reason}, not done; "
             f"s2t2 train {path / 'config.yaml'} resumes it"
         )
-    recipe = load_recipe(path / "config.yaml")
+    translations = (f"stages.{stage.name}.translation" for stage in recipe.stages)
+    require_unchanged(path, recipe, "data", *translations)
     run = FinishedRun(path, recipe, artifacts.read_manifest(recipe.data.path), read_metrics(path))
     for index, stage in enumerate(recipe.stages):
         if not {0, stage.max_steps} <= run.evaluations(index).keys():
