@@ -6,6 +6,7 @@ weights, moments and a position.
 """
 
 import contextlib
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -29,9 +30,11 @@ from s2t2_dist.run.stopping import StopRequest
 from s2t2_dist.run.tracking import MetricsFile, MLflowShipper, flatten, read_metrics
 from s2t2_dist.training.context import Context, StageRunner
 from s2t2_dist.training.finetune import make_stage
-from s2t2_dist.training.nonfinite import SkippedSteps, require_finite
+from s2t2_dist.training.nonfinite import SkippedSteps, never_better, require_finite
 from s2t2_dist.training.preflight import check_resume
 from s2t2_dist.training.schedule import learning_rate
+
+_log = logging.getLogger(__name__)
 
 EXIT_DONE = 0
 EXIT_PREEMPTED = 3
@@ -77,17 +80,18 @@ class Trainer:
                 print(f"resuming from {self.resume_dir.name}", flush=True)
         self.metrics: MetricsFile | None = None
         self.mlflow: MLflowShipper | None = None
-        agree(self.comm, self._open_metrics, "opening the metrics")
+        lines = agree(self.comm, self._open_metrics, "opening the metrics")
+        self.skipped.go_on(lines, self.comm)
 
-    def _open_metrics(self) -> None:
-        """Open the metrics file and MLflow; on rank 0 only."""
-        if self.comm.rank == 0:
-            self.metrics = MetricsFile(self.run_dir)
-            self.metrics.truncate(self.position.metrics_bytes if self.position else 0)
-            counts = [line.get("skipped_steps", 0) for line in read_metrics(self.run_dir)]
-            self.skipped.total = max(counts, default=0)
-            if self.recipe.tracking.enabled:
-                self.mlflow = start_shipper(self.context)
+    def _open_metrics(self) -> list[dict]:
+        """Open the metrics file and MLflow; on rank 0 only. Returns the lines so far."""
+        if self.comm.rank != 0:
+            return []
+        self.metrics = MetricsFile(self.run_dir)
+        self.metrics.truncate(self.position.metrics_bytes if self.position else 0)
+        if self.recipe.tracking.enabled:
+            self.mlflow = start_shipper(self.context)
+        return read_metrics(self.run_dir)
 
     def run(self) -> int:
         """Run the stages from the checkpoint's on; returns the exit code."""
@@ -104,8 +108,18 @@ class Trainer:
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
                 self._end("failed", "FAILED", reason=f"{type(error).__name__}: {error}")
             raise
-        self._end("done", "FINISHED", **evaluation.metrics())
+        warnings = self._warnings()
+        self._end("done", "FINISHED", **evaluation.metrics(), **warnings)
         return EXIT_DONE
+
+    def _warnings(self) -> dict[str, list[str]]:
+        """On rank 0, say which stages learned nothing, and return it for the status."""
+        lines = read_metrics(self.run_dir) if self.metrics else []
+        found = [never_better(lines, stage, i) for i, stage in enumerate(self.recipe.stages)]
+        told = [line for line in found if line]
+        for line in told:
+            _log.warning(line)
+        return {"warnings": told} if told else {}
 
     def _write_status(self, state: str, **more: object) -> None:
         if self.comm.rank == 0:
@@ -122,6 +136,8 @@ class Trainer:
 
     def _run_stage(self, index: int) -> Evaluation:
         stage = self.recipe.stages[index]
+        if self.position:
+            self.skipped.require_fewer(self.run_dir, stage, self.position.step)
         seed_step(self.recipe.seed, index, 0, 0)
         runner = make_stage(self.context, stage)
         resuming = self.position is not None and self.position.stage_index == index
@@ -144,8 +160,8 @@ class Trainer:
                 values |= evaluation.metrics()
             self._log(stage, index, done, values, progress)
             stopping = self._stop_asked()
-            giving_up = self.skipped.in_a_row == self.skipped.most
-            if done == stage.max_steps or done % stage.save_steps == 0 or stopping or giving_up:
+            ending = stopping or self.skipped.is_over
+            if done == stage.max_steps or done % stage.save_steps == 0 or ending:
                 self._save(runner, stage, index, done)
             self.skipped.require_fewer(self.run_dir, stage, done)
             if stopping and done < stage.max_steps:
