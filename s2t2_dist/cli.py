@@ -3,6 +3,7 @@
 Commands import what they need when they run, so that `s2t2 --help` answers at once.
 """
 
+import contextlib
 import os
 import sys
 from enum import StrEnum
@@ -63,10 +64,16 @@ def train(
     The same command resumes a stopped run. Exit codes: 0 done, 2 a mistake in the recipe or data,
     3 stopped by a signal with a checkpoint written, 4 ended because another rank was lost.
     """
+    from s2t2_dist.run.output import survive_closed_output
+    from s2t2_dist.run.stopping import Launchers
+
+    survive_closed_output()
+    launchers = Launchers.now()  # before the imports, which take seconds
+
     from s2t2_dist.config import load_recipe
     from s2t2_dist.training import start
 
-    raise typer.Exit(start.run(load_recipe(recipe, overrides), resume, dry_run))
+    raise typer.Exit(start.run(load_recipe(recipe, overrides), resume, dry_run, launchers))
 
 
 @app.command("track")
@@ -268,8 +275,9 @@ def main() -> None:
     that then lets go of a tensor aborts the process (seen as exit code 134 once in ten).
     """
     code = run(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(code)
 
 

@@ -26,7 +26,7 @@ from s2t2_dist.data.order import rows_at
 from s2t2_dist.lm import engine
 from s2t2_dist.run import checkpoint, directory
 from s2t2_dist.run.progress import Progress
-from s2t2_dist.run.stopping import StopRequest
+from s2t2_dist.run.stopping import Launchers, StopRequest
 from s2t2_dist.run.tracking import MetricsFile, MLflowShipper, flatten, read_metrics
 from s2t2_dist.training.context import Context, StageRunner
 from s2t2_dist.training.finetune import make_stage
@@ -47,7 +47,8 @@ class PreemptedError(Exception):
 def start_shipper(context: Context) -> MLflowShipper:
     """What sends MLflow the lines of this run's `metrics.jsonl`. On rank 0 only."""
     params = flatten(recipe_values(context.recipe))
-    return MLflowShipper(context.run_dir, context.recipe.tracking, params)
+    files = (directory.CONFIG,)
+    return MLflowShipper(context.run_dir, context.recipe.tracking, params, files)
 
 
 class Trainer:
@@ -56,7 +57,7 @@ class Trainer:
     Args:
         resume: the checkpoint to resume from; None: the newest valid one, if there is any.
         await_cause: from `heartbeat.monitored`.
-        parent: the process that started this one.
+        launchers: of this process; they count in a job of several ranks.
     """
 
     def __init__(
@@ -64,13 +65,13 @@ class Trainer:
         context: Context,
         resume: Path | None,
         await_cause: Callable[[BaseException], None],
-        parent: int,
+        launchers: Launchers,
     ):
         self.context = context
         self.recipe, self.run_dir, self.comm = context.recipe, context.run_dir, context.comm
         self.await_cause = await_cause
-        launcher = parent if self.comm.size > 1 else None
-        self.stop = StopRequest(launcher, self.recipe.max_hours)
+        watched = launchers if self.comm.size > 1 else None
+        self.stop = StopRequest(watched, self.recipe.max_hours)
         self.skipped = SkippedSteps(self.recipe.max_bad_steps, self.comm.rank)
         found = checkpoint.find(self.run_dir, self.comm, resume)
         self.resume_dir, self.position = found or (None, None)

@@ -59,7 +59,8 @@ class SkippedSteps:
         message = (
             f"stage {stage.name}: the gradient was not finite in {self.in_a_row} steps in a row "
             f"(max_bad_steps), all skipped, the last of them {step}; {where}: raise "
-            "max_bad_steps to go on with the rows after them, or lower the learning rate in a new output_dir"
+            "max_bad_steps to go on with the rows after them, or lower the learning rate in a new "
+            "output_dir"
         )
         raise collective(S2T2Error(message))
 

@@ -1,7 +1,6 @@
 """From a recipe to a run: the checks of a start, the run directory, then the loop."""
 
 import contextlib
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,13 +15,19 @@ from s2t2_dist.errors import S2T2Error
 from s2t2_dist.lm import engine
 from s2t2_dist.lm.inputs import inputs_of
 from s2t2_dist.run import checkpoint, directory, heartbeat, identity
+from s2t2_dist.run.stopping import Launchers
 from s2t2_dist.run.tracking import is_shipped
 from s2t2_dist.training import preflight
 from s2t2_dist.training.context import Context
 from s2t2_dist.training.loop import EXIT_DONE, Trainer, start_shipper
 
 
-def run(recipe: Recipe, resume: str = "auto", dry_run: bool = False) -> int:
+def run(
+    recipe: Recipe,
+    resume: str = "auto",
+    dry_run: bool = False,
+    launchers: Launchers | None = None,
+) -> int:
     """Run a recipe's stages in its run directory, from its newest checkpoint where there is one.
 
     Args:
@@ -30,6 +35,7 @@ def run(recipe: Recipe, resume: str = "auto", dry_run: bool = False) -> int:
             a checkpoint of this run.
         dry_run: make every check of a start, say what it would do, and write nothing. That every
             rank sees a run directory is checked only where there is one.
+        launchers: of this process, as they were early; default: as they are now.
 
     Returns:
         the exit code: 0 done, 3 stopped by a signal or the time limit, with a checkpoint written.
@@ -38,7 +44,7 @@ def run(recipe: Recipe, resume: str = "auto", dry_run: bool = False) -> int:
         S2T2Error: a user's mistake, found before anything is written; a full disk; a model
             that has diverged.
     """
-    parent = os.getppid()  # taken now: it may die during the start
+    launchers = launchers or Launchers.now()
     device = engine.init_distributed(recipe.collective_timeout)
     world = comm.world_comm()
     record = partial(directory.record_loss, recipe.output_dir.resolve())
@@ -49,7 +55,7 @@ def run(recipe: Recipe, resume: str = "auto", dry_run: bool = False) -> int:
                 _rehearse(context, resume)
                 code = EXIT_DONE
             else:
-                code = _run_job(context, resume, await_cause, parent)
+                code = _run_job(context, resume, await_cause, launchers)
     except S2T2Error as error:
         if error.collective:  # else the other ranks may still be waiting in a collective
             comm.destroy()
@@ -70,14 +76,14 @@ def _run_job(
     context: Context,
     resume: str,
     await_cause: Callable[[BaseException], None],
-    parent: int,
+    launchers: Launchers,
 ) -> int:
     world = context.comm
     with contextlib.ExitStack() as held:
         state = _claim(context, resume, held)
         preflight.check_shared(context.run_dir, world)
         if world.broadcast_object(state) != "done":
-            return Trainer(context, _asked_for(resume), await_cause, parent).run()
+            return Trainer(context, _asked_for(resume), await_cause, launchers).run()
         if world.rank == 0:
             _finish_shipping(context)
             print(f"{context.run_dir} is done; nothing to do")
