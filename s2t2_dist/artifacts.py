@@ -160,9 +160,20 @@ def read_manifest(directory: Path) -> dict:
     if not is_complete(directory):
         what = "has no COMPLETE file: it was not finished" if directory.is_dir() else "is missing"
         raise ArtifactError(f"{directory} {what}; make it again")
-    if (directory / COMPLETE).read_text().strip() != sha256_file(directory / MANIFEST):
-        raise ArtifactError(f"{directory / MANIFEST} was changed after it was sealed")
-    return read_json(directory / MANIFEST)
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing; make {directory} again")
+    if (directory / COMPLETE).read_bytes().strip() != sha256_file(path).encode():
+        raise ArtifactError(f"{path} was changed after it was sealed, or {COMPLETE} was")
+    manifest = read_json(path)
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
+        raise ArtifactError(f"{path} lists no files; make {directory} again")
+    return manifest
+
+
+def _is_entry(entry: object) -> bool:
+    return isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
 
 
 def verify(

@@ -12,6 +12,7 @@ from s2t2_dist.lm.inputs import recorded_recipe, require_unchanged
 from s2t2_dist.lm.translation import TRANSLATION_DIR, Translation, load_translation
 from s2t2_dist.run.tracking import METRICS, read_metrics
 
+EVALUATION = {"eval_loss", "eval_perplexity", "eval_bits_per_byte"}
 AMINO_ACIDS = frozenset("ACDEFGHIKLMNPQRSTVWY")
 RARE_AMINO_ACIDS = frozenset("BJOUXZ")
 
@@ -40,7 +41,7 @@ class FinishedRun:
 
     def evaluations(self, index: int) -> dict[int, dict]:
         """Step of the stage -> the line with the evaluation at this step."""
-        return {line["step"]: line for line in self.lines(index) if "eval_loss" in line}
+        return {line["step"]: line for line in self.lines(index) if line.keys() >= EVALUATION}
 
     def first_step(self, index: int) -> int:
         """Total optimizer steps of the stages before this one."""
@@ -80,7 +81,7 @@ def read_run(path: Path) -> FinishedRun:
     if status.get("state") != "done":
         reason = f" ({status['reason']})" if "reason" in status else ""
         raise ArtifactError(
-            f"{path} is {status.get('state')}{reason}, not done; "
+            f"{path} is {status.get('state') or 'in no known state'}{reason}, not done; "
             f"s2t2 train {path / 'config.yaml'} resumes it"
         )
     translations = (f"stages.{stage.name}.translation" for stage in recipe.stages)

@@ -222,7 +222,10 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 def _position(path: Path) -> Position:
     manifest = artifacts.read_manifest(path)
-    return Position(**{key: manifest[key] for key in Position.__dataclass_fields__})
+    found = {key: manifest[key] for key in Position.__dataclass_fields__}
+    if not all(isinstance(value, Position.__annotations__[key]) for key, value in found.items()):
+        raise ArtifactError(f"{path / artifacts.MANIFEST} is not the manifest of a checkpoint")
+    return Position(**found)
 
 
 def _remove_old(run_dir: Path, keep: int, keep_steps: int | None) -> None:

@@ -13,18 +13,19 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import TextIO
 
 from s2t2_dist import artifacts, yaml12
 from s2t2_dist.config import Recipe, changed_keys, load_recipe, recipe_values
-from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error
+from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error, without_secrets
 from s2t2_dist.run import identity
 from s2t2_dist.run.identity import INPUTS
 
 STATUS = "status.json"
+STATES = ("running", "preempted", "failed", "done")
 CONFIG = "config.yaml"
 LOCK = ".lock"
 # Recipe keys that cannot change a result, besides `save_steps` of each stage.
@@ -99,24 +100,39 @@ def check_unlocked(run_dir: Path) -> None:
 
 
 def read_state(run_dir: Path) -> str | None:
-    """The state in a run's `status.json`: running, preempted, failed or done."""
+    """The state in a run's `status.json`: running, preempted, failed or done.
+
+    None if there is no such file, or none that can be read: the checkpoints then say where the run
+    stands, and one line says so.
+    """
     path = run_dir / STATUS
-    return artifacts.read_json(path)["state"] if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        state = artifacts.read_json(path).get("state")
+    except ArtifactError as error:
+        state, problem = None, error
+    else:
+        problem = f"{path} has the state {state!r}"
+    if state in STATES:
+        return state
+    _log.warning("%s; the checkpoints say where the run stands", problem)
+    return None
 
 
 def write_status(run_dir: Path, state: str, **more: object) -> None:
     """Replace `status.json`. On rank 0 only."""
     where = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+    more = {k: without_secrets(v) if isinstance(v, str) else v for k, v in more.items()}
     artifacts.write_json(run_dir / STATUS, {"state": state, **more, **where})
 
 
 def record_loss(run_dir: Path, reason: str) -> None:
     """Record the loss of a rank, if `status.json` is still the one that this process wrote."""
-    path = run_dir / STATUS
-    if path.exists():
-        found = artifacts.read_json(path)
-        mine = (found["host"], found["pid"]) == (socket.gethostname(), os.getpid())
-        if mine and found["state"] in ("running", "failed"):
+    with suppress(ArtifactError):
+        found = artifacts.read_json(run_dir / STATUS)
+        mine = (found.get("host"), found.get("pid")) == (socket.gethostname(), os.getpid())
+        if mine and found.get("state") in ("running", "failed"):
             write_status(run_dir, "failed", reason=reason)
 
 
@@ -147,8 +163,7 @@ def check(run_dir: Path, recipe: Recipe, inputs: dict, resume: str) -> None:
         return
     if resume == "never":
         raise ConfigError(f"{run_dir} holds a run and --resume is never; choose another output_dir")
-    old = _decisive(yaml12.parse(config.read_text(encoding="utf-8")))
-    changes = changed_keys(old, _decisive(recipe_values(recipe)))
+    changes = changed_keys(_decisive(_values(config)), _decisive(recipe_values(recipe)))
     if changes:
         raise ConfigError(
             f"{run_dir} was started with another recipe ({'; '.join(changes)}); "
@@ -163,6 +178,29 @@ def check(run_dir: Path, recipe: Recipe, inputs: dict, resume: str) -> None:
             f"{run_dir} was started with other files ({'; '.join(changes)}); "
             "restore them or choose another output_dir"
         )
+
+
+def _values(config: Path) -> dict:
+    """The keys of a `config.yaml`, which may be of an earlier version.
+
+    Raises:
+        ArtifactError: it is not what a start wrote.
+    """
+    try:
+        values = yaml12.parse(config.read_text(encoding="utf-8"))
+        kinds = {"model": dict, "data": dict, "stages": list}
+        if all(isinstance(values[key], kind) for key, kind in kinds.items()) and all(
+            isinstance(stage, dict) for stage in values["stages"]
+        ):
+            return values
+        problem = "it lacks a part of a recipe"
+    except (ConfigError, UnicodeDecodeError) as error:
+        problem = str(error)
+    except (KeyError, TypeError):
+        problem = "it holds no recipe"
+    raise ArtifactError(
+        f"{config} is damaged ({problem}); restore it, or start again in a new output_dir"
+    )
 
 
 def read_recipe(run_dir: Path) -> Recipe:
@@ -215,9 +253,7 @@ def _take(lock: TextIO, run_dir: Path, kind: int) -> bool:
     try:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
-        lock.seek(0)
-        holder = json.loads(lock.read() or "{}")
-        pid, host = holder.get("pid", "unknown"), holder.get("host", "unknown")
+        pid, host = _holder(lock)
         raise S2T2Error(
             f"{run_dir} is in use by process {pid} on {host}; wait until it is done, or stop it "
             f"there (kill {pid}) and start again"
@@ -228,3 +264,14 @@ def _take(lock: TextIO, run_dir: Path, kind: int) -> bool:
         _log.warning("%s cannot be locked (%s): do not start a second job in it", run_dir, error)
         return False
     return True
+
+
+def _holder(lock: TextIO) -> tuple[object, object]:
+    """The process and the host that a lock file names."""
+    holder = {}
+    with suppress(ValueError):
+        lock.seek(0)
+        holder = json.loads(lock.read())
+    if not isinstance(holder, dict):
+        holder = {}
+    return holder.get("pid", "unknown"), holder.get("host", "unknown")

@@ -57,8 +57,8 @@ def choose(recipe_uri: str | None, link: dict | None) -> Store:
     if given is None:
         return Store(None, default_uri(), default_uri())
     if _is_relative(given):
-        clean = given = f"{SQLITE}{Path(given.removeprefix(SQLITE)).resolve()}"
-        return Store(os.environ.get("MLFLOW_TRACKING_URI") or recipe_uri, clean, given)
+        place = f"{SQLITE}{Path(given.removeprefix(SQLITE)).resolve()}"
+        return Store(given, place, place)
     if clean.startswith("http") and _take_credentials(given):
         given = clean
     return Store(clean, clean, given)

@@ -46,7 +46,7 @@ from s2t2_dist.lm.vocabulary import source_rows
 from s2t2_dist.ot.sizes import cost_states
 from s2t2_dist.run.checkpoint import Position
 from s2t2_dist.run.directory import LOCK
-from s2t2_dist.run.tracking import METRICS, require_length
+from s2t2_dist.run.metrics import METRICS, read_metrics, require_length
 from s2t2_dist.training.context import Context
 
 PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "numpy", "pyarrow")
@@ -232,7 +232,7 @@ def check_resume(context: Context, path: Path, position: Position) -> None:
 
     Raises:
         ConfigError: on every rank: weights written by another number of ranks without ZeRO-3.
-        ArtifactError: on every rank: `metrics.jsonl` is shorter than it was at the checkpoint.
+        ArtifactError: on every rank: `metrics.jsonl` is shorter than it was, or damaged.
     """
     ranks, stage = context.comm.size, context.recipe.stages[position.stage_index]
     zero = context.deepspeed.get("zero_optimization", {}).get("stage", 0)
@@ -247,6 +247,7 @@ def check_resume(context: Context, path: Path, position: Position) -> None:
     def look() -> None:
         if context.comm.rank == 0:  # the file's writer: other hosts may see an older length
             require_length(context.run_dir / METRICS, position.metrics_bytes)
+            read_metrics(context.run_dir, position.metrics_bytes)
 
     agree(context.comm, look, "looking at the metrics")
 

@@ -18,6 +18,9 @@ from s2t2_dist.run.checkpoint import Position
 from s2t2_dist.training import start
 from s2t2_dist.training.context import Context
 
+LINE = '{"stage": "translate", "stage_index": 0, "step": 1, "loss": 2.0, "time": 3.0}\n'
+BYTES = len(LINE)
+
 
 def tree(folder: Path) -> dict[Path, tuple[int, bytes | None]]:
     """Every path below a folder, with the time of its last change and its bytes."""
@@ -36,14 +39,14 @@ def rehearse(context: Context, resume: str = "auto") -> None:
 
 
 def stopped(context: Context, *positions: Position) -> Context:
-    """A run that was stopped after some checkpoints; its metrics take 5 bytes."""
+    """A run that was stopped after some checkpoints; its metrics take BYTES."""
     with ExitStack() as held:
         start._claim(context, "auto", held)
     for position in positions:
         checkpoint.save(
             context.run_dir, position, lambda d: (d / "s").write_text("x") and None, Comm(), 9
         )
-    (context.run_dir / "metrics.jsonl").write_text("line\n")
+    (context.run_dir / "metrics.jsonl").write_text(LINE)
     (context.run_dir / "checkpoints" / ".tmp-translate-000009").mkdir(parents=True)  # killed
     return context
 
@@ -62,7 +65,7 @@ def test_a_new_run_and_what_it_needs(context, capsys):
 
 
 def test_a_stopped_run_goes_on_from_its_newest_valid_checkpoint(context, capsys):
-    run = stopped(context, *(Position(0, "translate", step, 1, 5) for step in (3, 6)))
+    run = stopped(context, *(Position(0, "translate", step, 1, BYTES) for step in (3, 6)))
     rehearse(run)
     assert f"{run.run_dir} would resume from translate-000006\n" in capsys.readouterr().out
     (run.run_dir / "checkpoints/translate-000006/s").write_text("y")
@@ -73,7 +76,7 @@ def test_a_stopped_run_goes_on_from_its_newest_valid_checkpoint(context, capsys)
 
 
 def test_a_finished_run_is_said_to_be(context, capsys):
-    run = stopped(context, Position(1, "finetune", 5, 1, 5))
+    run = stopped(context, Position(1, "finetune", 5, 1, BYTES))
     directory.write_status(run.run_dir, "done")
     rehearse(run)
     assert f"{run.run_dir} is done\n" in capsys.readouterr().out
@@ -82,7 +85,7 @@ def test_a_finished_run_is_said_to_be(context, capsys):
 def test_resume_must_fit(context, tmp_path):
     with pytest.raises(ConfigError, match="holds no run to resume"):
         rehearse(context, str(tmp_path / "x"))
-    run = stopped(context, *(Position(0, "translate", step, 1, 5) for step in (3, 6)))
+    run = stopped(context, *(Position(0, "translate", step, 1, BYTES) for step in (3, 6)))
     with pytest.raises(ConfigError, match="--resume is never"):
         rehearse(run, "never")
     with pytest.raises(ConfigError, match=r"holds newer checkpoints \(translate-000006\)"):
@@ -99,25 +102,27 @@ def test_another_recipe_is_refused(context):
 
 
 def test_damage_alone_is_refused(context):
-    run = stopped(context, Position(0, "translate", 3, 1, 5))
+    run = stopped(context, Position(0, "translate", 3, 1, BYTES))
     (run.run_dir / "checkpoints/translate-000003/s").write_text("y")
     with pytest.raises(ArtifactError, match="no checkpoint to resume from"):
         rehearse(run)
 
 
 def test_metrics_shorter_than_at_the_checkpoint_are_refused(context):
-    run = stopped(context, Position(0, "translate", 3, 1, 6))
-    with pytest.raises(ArtifactError, match="has 5 bytes, but had 6 when the checkpoint"):
+    run = stopped(context, Position(0, "translate", 3, 1, BYTES + 1))
+    with pytest.raises(
+        ArtifactError, match=f"has {BYTES} bytes, but had {BYTES + 1} when the checkpoint"
+    ):
         rehearse(run)
 
 
 @pytest.mark.parametrize(
     ("zero", "position", "refused"),
     [
-        (0, Position(1, "finetune", 3, 2, 5), True),
-        (0, Position(1, "finetune", 3, 1, 5), False),
-        (0, Position(0, "translate", 3, 2, 5), False),
-        (3, Position(1, "finetune", 3, 2, 5), False),
+        (0, Position(1, "finetune", 3, 2, BYTES), True),
+        (0, Position(1, "finetune", 3, 1, BYTES), False),
+        (0, Position(0, "translate", 3, 2, BYTES), False),
+        (3, Position(1, "finetune", 3, 2, BYTES), False),
     ],
 )
 def test_without_zero_3_weights_need_the_ranks_that_wrote_them(context, zero, position, refused):
