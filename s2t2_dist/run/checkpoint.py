@@ -11,6 +11,7 @@ A checkpoint is loaded only after every file in it has been verified against the
 
 import contextlib
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -183,10 +184,28 @@ def _set_aside(choice: Choice) -> None:
     """Rename the damaged checkpoints and log why, and which one is used instead."""
     used = choice.path.name
     for path, problem in choice.damaged.items():
-        aside = path.with_name(f".damaged-{path.name}")
-        _remove(aside)
-        path.rename(aside)
+        aside = _rename(path)
         _log.warning("resuming from %s because %s; kept as %s", used, problem, aside.name)
+
+
+def _rename(path: Path) -> Path:
+    aside = path.with_name(f".damaged-{path.name}")
+    _remove(aside)
+    path.rename(aside)
+    return aside
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a sealed result is there, unaltered; a damaged one is set aside, with a line."""
+    if not os.path.lexists(path):
+        return False
+    try:
+        artifacts.verify(path)
+    except ArtifactError as error:
+        aside = _rename(path)
+        _log.warning("%s; kept as %s; it is made again", error, aside.name)
+        return False
+    return True
 
 
 def _candidates(run_dir: Path) -> list[Path]:
@@ -236,11 +255,19 @@ def _remove_old(run_dir: Path, keep: int, keep_steps: int | None) -> None:
 
 def _remove(path: Path) -> None:
     """Remove a checkpoint; if killed in the middle, leave nothing that looks like a checkpoint."""
-    if path.exists():
+    if os.path.lexists(path):
         doomed = path.with_name(f".tmp-removed-{path.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
+        _delete(doomed)
         path.rename(doomed)
-        shutil.rmtree(doomed)
+        _delete(doomed)
+
+
+def _delete(path: Path) -> None:
+    """Remove a folder, or a file or a link in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _clear_temporary(directory: Path) -> None:
@@ -249,7 +276,10 @@ def _clear_temporary(directory: Path) -> None:
     The converter of a killed job may still be writing into its copy, so errors are ignored there.
     """
     for path in directory.glob(".tmp-*"):
-        shutil.rmtree(path, ignore_errors=path.name.startswith(CONVERTED))
+        if path.name.startswith(CONVERTED):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            _delete(path)
 
 
 def _with_clear_error(step: Callable[[], T], target: Path) -> T:

@@ -3,8 +3,6 @@
 The other one, which learns the transport plan, is in `translate`.
 """
 
-import logging
-import shutil
 from pathlib import Path
 
 import torch
@@ -14,17 +12,15 @@ from s2t2_dist.comm import agree
 from s2t2_dist.config import Finetune, Pretrain, Stage, Translate
 from s2t2_dist.data.batches import Batch
 from s2t2_dist.data.evaluate import sum_of_nats
-from s2t2_dist.errors import ArtifactError
 from s2t2_dist.lm import engine
 from s2t2_dist.lm.folder import fold, local_folder, save_random_lm
 from s2t2_dist.lm.load import load_lm
 from s2t2_dist.lm.result import MODEL_DIR, write_model
 from s2t2_dist.lm.translation import TRANSLATION_DIR, fold_translation
 from s2t2_dist.run import reshard
+from s2t2_dist.run.checkpoint import is_intact
 from s2t2_dist.training.context import Context, StageRunner, or_nan
 from s2t2_dist.training.translate import TranslateStage
-
-_log = logging.getLogger(__name__)
 
 
 def make_stage(context: Context, stage: Stage) -> StageRunner:
@@ -41,7 +37,7 @@ def starting_model(context: Context, stage: Stage) -> Path:
     folder = context.run_dir / f"start-{stage.name}"
 
     def make() -> None:
-        if context.comm.rank != 0 or _is_valid(folder):
+        if context.comm.rank != 0 or is_intact(folder):
             return
         record = {"kind": "model", "stage": stage.name}
         with artifacts.sealed_directory(folder, record) as temporary:
@@ -49,19 +45,6 @@ def starting_model(context: Context, stage: Stage) -> Path:
 
     agree(context.comm, make, f"writing {folder}")
     return folder
-
-
-def _is_valid(folder: Path) -> bool:
-    """Whether a starting model is there, unaltered; one that is damaged is removed, with a line."""
-    if not artifacts.is_complete(folder):
-        return False
-    try:
-        artifacts.verify(folder)
-    except ArtifactError as error:
-        _log.warning("%s; it is made again", error)
-        shutil.rmtree(folder)
-        return False
-    return True
 
 
 def _make_starting_model(context: Context, stage: Stage, target: Path) -> None:
@@ -125,8 +108,6 @@ class WeightStage:
     def finish(self, record: dict) -> None:
         """Write `model/`, the run's Hugging Face folder."""
         target = self.context.run_dir / MODEL_DIR
-        if artifacts.is_complete(target):
-            return
         weights = self.lm.state_dict()
 
         def write() -> None:

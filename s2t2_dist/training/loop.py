@@ -19,11 +19,13 @@ import numpy as np
 import torch
 
 from s2t2_dist.comm import agree
-from s2t2_dist.config import Stage, recipe_values
+from s2t2_dist.config import Stage, Translate, recipe_values
 from s2t2_dist.data.batches import Batch, count_predicted, load_batch, read_ahead
 from s2t2_dist.data.evaluate import Evaluation, evaluate
 from s2t2_dist.data.order import rows_at
 from s2t2_dist.lm import engine
+from s2t2_dist.lm.result import MODEL_DIR
+from s2t2_dist.lm.translation import TRANSLATION_DIR
 from s2t2_dist.run import checkpoint, directory
 from s2t2_dist.run.progress import Progress
 from s2t2_dist.run.stopping import Launchers, StopRequest
@@ -168,9 +170,23 @@ class Trainer:
             if stopping and done < stage.max_steps:
                 raise PreemptedError
         record = {"recipe": recipe_values(self.recipe), "evaluation": asdict(evaluation)}
-        runner.finish({**record, "stage": stage.name, "s2t2_dist": version("s2t2-dist")})
+        if not self._is_written(stage):
+            runner.finish({**record, "stage": stage.name, "s2t2_dist": version("s2t2-dist")})
         runner.close()
         return evaluation
+
+    def _is_written(self, stage: Stage) -> bool:
+        """Whether an earlier job wrote the stage's result; a damaged one is set aside, with a line.
+
+        Rank 0 decides: other hosts may see an older state of the disk.
+        """
+        name = TRANSLATION_DIR if isinstance(stage, Translate) else MODEL_DIR
+        target = self.run_dir / name
+
+        def look() -> bool:
+            return self.comm.rank == 0 and checkpoint.is_intact(target)
+
+        return self.comm.broadcast_object(agree(self.comm, look, f"reading {target}"))
 
     def _step(
         self,
