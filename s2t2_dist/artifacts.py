@@ -304,6 +304,5 @@ _DISK_ERRORS = (
         "choose another path",
     ),
     ((errno.ENOENT,), "a file is missing", "another program may have removed it"),
-    ((errno.EIO, errno.ESTALE, errno.EREMOTEIO), "the disk failed", "check it and run again"),
     ((errno.EMFILE, errno.ENFILE), "too many open files", "raise `ulimit -n`"),
 )

@@ -23,7 +23,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Move a language model to a new tokenizer by sparse Sinkhorn token translation.",
 )
 config_app = typer.Typer(no_args_is_help=True, help="Look up what a recipe may hold.")
 translation_app = typer.Typer(no_args_is_help=True, help="Look into a learned translation.")
@@ -39,6 +38,26 @@ Overrides = Annotated[
         help="Settings that replace the recipe's: stages.translate.max_steps=50",
     ),
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"s2t2-dist {version('s2t2-dist')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+):
+    """Move a language model to a new tokenizer by sparse Sinkhorn token translation."""
 
 
 @app.command("train")
@@ -80,7 +99,7 @@ def train(
 def track(
     run_dir: Annotated[Path, typer.Argument(help="A run's output_dir; no job may run in it.")],
     seconds: Annotated[
-        float, typer.Option(min=1, help="Seconds to wait for the MLflow server.")
+        float, typer.Option(min=1, max=1e6, help="Seconds to wait for the MLflow server.")
     ] = 60.0,
 ):
     """Upload the metrics that MLflow could not receive.
@@ -98,7 +117,9 @@ def track(
 def plan(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe; see launch/recipes/.")],
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of the whole job.")],
-    gpu_memory: Annotated[float, typer.Option(min=0.001, help="Memory of each GPU, in GiB.")],
+    gpu_memory: Annotated[
+        float, typer.Option(min=0.001, max=1e6, help="Memory of each GPU, in GiB.")
+    ],
     overrides: Overrides = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each node.")] = 8,
     config: Annotated[
@@ -301,8 +322,8 @@ def run(arguments: list[str]) -> int:
 
 def _known_problem(error: Exception, doing: str) -> S2T2Error | None:
     """The one-line error for what is no bug of ours; None for any other exception."""
-    if isinstance(error, OSError):
-        return artifacts.disk_error(error, doing)
+    if isinstance(error, OSError) and error.errno is not None:
+        return artifacts.disk_error(error, doing) or S2T2Error(f"{doing}: {error}")
     if type(error).__name__ == "SafetensorError":  # importing its class takes a while
         reason = " ".join(str(error).split())
         return S2T2Error(f"weights could not be read or written while {doing}: {reason}")

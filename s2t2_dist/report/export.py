@@ -20,6 +20,7 @@ from s2t2_dist.report.card import model_card
 from s2t2_dist.report.evaluate import score
 from s2t2_dist.report.verify import UNTRAINED, require_verified
 from s2t2_dist.run import directory
+from s2t2_dist.run.tracking import attach
 
 CARD = "README.md"
 # Largest relative difference of the loss between the run and the export: batches of other shapes
@@ -75,6 +76,7 @@ def release(
         require_verified(temporary, record[UNTRAINED])
         if evaluation:
             _require_number(temporary, found, stated)
+    attach(run_dir, [target / CARD])
 
 
 def _require_number(folder: Path, recipe: Recipe, stated: Evaluation) -> None:

@@ -24,16 +24,14 @@ class FinishedRun:
     Attributes:
         data: manifest of its data folder.
         metrics: lines of its `metrics.jsonl`.
+        name: of its directory, or more of its path.
     """
 
     path: Path
     recipe: Recipe
     data: dict
     metrics: list[dict]
-
-    @property
-    def name(self) -> str:
-        return self.path.resolve().name
+    name: str
 
     def lines(self, index: int) -> list[dict]:
         """The metrics of one stage, in the order of its steps."""
@@ -86,7 +84,8 @@ def read_run(path: Path) -> FinishedRun:
         )
     translations = (f"stages.{stage.name}.translation" for stage in recipe.stages)
     require_unchanged(path, recipe, "data", *translations)
-    run = FinishedRun(path, recipe, artifacts.read_manifest(recipe.data.path), read_metrics(path))
+    data, name = artifacts.read_manifest(recipe.data.path), path.resolve().name
+    run = FinishedRun(path, recipe, data, read_metrics(path), name)
     for index, stage in enumerate(recipe.stages):
         if not {0, stage.max_steps} <= run.evaluations(index).keys():
             raise ArtifactError(

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from s2t2_dist.comm import agree
+from s2t2_dist.comm import agree, announced
 from s2t2_dist.config import Stage, Translate, recipe_values
 from s2t2_dist.data.batches import Batch, count_predicted, load_batch, read_ahead
 from s2t2_dist.data.evaluate import Evaluation, evaluate
@@ -142,7 +142,8 @@ class Trainer:
         if self.position:
             self.skipped.require_fewer(self.run_dir, stage, self.position.step)
         seed_step(self.recipe.seed, index, 0, 0)
-        runner = make_stage(self.context, stage)
+        with announced(engine.compile_lock):
+            runner = make_stage(self.context, stage)
         resuming = self.position is not None and self.position.stage_index == index
         start = self.position.step if resuming else 0
         if resuming:

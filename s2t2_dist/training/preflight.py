@@ -20,7 +20,7 @@ import torch
 from transformers import PretrainedConfig
 
 from s2t2_dist import artifacts
-from s2t2_dist.comm import Comm, agree
+from s2t2_dist.comm import Comm, agree, announced
 from s2t2_dist.config import (
     Finetune,
     Pretrain,
@@ -221,8 +221,10 @@ def check_shared(run_dir: Path, comm: Comm) -> None:
     lock = run_dir / LOCK
     wanted = comm.broadcast_object(_text(lock))
     deadline = time.monotonic() + SHARED_SECONDS
-    while (found := _text(lock)) != wanted and time.monotonic() < deadline:
-        time.sleep(SHARED_SECONDS / 100)
+    who = f"{comm.name(comm.rank)} waits for a sight of {lock}, for up to {SHARED_SECONDS:.0f} s"
+    with announced(lambda: who):
+        while (found := _text(lock)) != wanted and time.monotonic() < deadline:
+            time.sleep(SHARED_SECONDS / 100)
     line = f"{run_dir} is not what rank 0 sees; put it on a shared disk"
     _require_none(comm, comm.gather_objects([] if found == wanted else [line]))
 

@@ -84,7 +84,8 @@ def test_head_does_not_end_a_run(recipe):
         at = runs.metrics(recipe.parent / "run")[-1]["step"]
         runs.wait_for_line(recipe.parent / "run", "translate", at + 300, job)
         job.send_signal(signal.SIGTERM)
-        told = job.stderr.read().decode()
+        with job.stderr:
+            told = job.stderr.read().decode()
         assert job.wait(60) == 3
         assert "Traceback" not in told
         stopped_with_everything(recipe)
