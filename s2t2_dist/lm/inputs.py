@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from s2t2_dist import artifacts
 from s2t2_dist.comm import Comm
 from s2t2_dist.config import Finetune, Recipe, Translate
 from s2t2_dist.errors import ArtifactError
 from s2t2_dist.lm.folder import INDEX, local_folder
+from s2t2_dist.lm.result import MODEL_DIR
+from s2t2_dist.lm.translation import RECORD, TRANSLATION_DIR
 from s2t2_dist.run import directory, identity
 from s2t2_dist.run.identity import Input
 
@@ -115,4 +117,31 @@ def require_unchanged(run_dir: Path, recipe: Recipe, *roles: str) -> None:
         where = ", ".join(str(what.path) for what in inputs.values())
         raise ArtifactError(
             f"{where} changed after {run_dir} was trained ({'; '.join(changes)}); restore it"
+        )
+
+
+def require_recipe(run_dir: Path, recipe: Recipe) -> None:
+    """The `config.yaml` of a finished run says what its result was trained with.
+
+    The result is sealed with the recipe; a result that is not there says nothing.
+
+    Raises:
+        ArtifactError: it says something else.
+    """
+    model, translation = run_dir / MODEL_DIR, run_dir / TRANSLATION_DIR
+    if isinstance(recipe.stages[-1], Translate):
+        record = artifacts.read_json(translation / RECORD) if translation.is_dir() else {}
+        record = record.get("info", {})
+    else:
+        record = artifacts.read_manifest(model) if model.is_dir() else {}
+    if "recipe" not in record:
+        return
+    try:
+        trained = Recipe.model_validate(record["recipe"])
+    except ValidationError:  # of another version
+        return
+    if changes := directory.changes(trained, recipe):
+        raise ArtifactError(
+            f"{run_dir / directory.CONFIG} is not what the run was trained with "
+            f"({'; '.join(changes)}); restore it"
         )

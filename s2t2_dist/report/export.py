@@ -13,7 +13,7 @@ from s2t2_dist.data.order import rows_at
 from s2t2_dist.data.shards import ShardReader, require_tokenizer
 from s2t2_dist.errors import ArtifactError, ConfigError, DataError
 from s2t2_dist.lm.folder import SPECIAL_IDS, WeightFiles, local_folder, save_configs, write_weights
-from s2t2_dist.lm.inputs import recorded_recipe, require_unchanged
+from s2t2_dist.lm.inputs import recorded_recipe, require_recipe, require_unchanged
 from s2t2_dist.lm.result import MAX_SHARD_SIZE, MODEL_DIR, copy_tokenizer
 from s2t2_dist.lm.translation import RECORD, TRANSLATION_DIR, fold_translation
 from s2t2_dist.report.card import model_card
@@ -54,6 +54,7 @@ def release(
     train = ShardReader(found.data.path, "train")
     translated = isinstance(recipe.stages[-1], Translate)
     source, info = _finished(run_dir, found)
+    require_recipe(run_dir, recipe)
     require_unchanged(run_dir, found, "data", *(["model"] if translated else []))
     record = {key: info[key] for key in ("recipe", "evaluation", "stage", "s2t2_dist")}
     record = {"kind": "model", **record, UNTRAINED: untrained_ids(recipe, train)}

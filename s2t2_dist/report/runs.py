@@ -8,9 +8,9 @@ from pathlib import Path
 from s2t2_dist import artifacts
 from s2t2_dist.config import Finetune, Recipe, Stage, Translate
 from s2t2_dist.errors import ArtifactError, DataError
-from s2t2_dist.lm.inputs import recorded_recipe, require_unchanged
+from s2t2_dist.lm.inputs import recorded_recipe, require_recipe, require_unchanged
 from s2t2_dist.lm.translation import TRANSLATION_DIR, Translation, load_translation
-from s2t2_dist.run.tracking import METRICS, read_metrics
+from s2t2_dist.run.metrics import METRICS, read_metrics, require_unaltered
 
 EVALUATION = {"eval_loss", "eval_perplexity", "eval_bits_per_byte"}
 AMINO_ACIDS = frozenset("ACDEFGHIKLMNPQRSTVWY")
@@ -82,6 +82,9 @@ def read_run(path: Path) -> FinishedRun:
             f"{path} is {status.get('state') or 'in no known state'}{reason}, not done; "
             f"s2t2 train {path / 'config.yaml'} resumes it"
         )
+    sha256 = status.get("metrics_sha256")
+    require_unaltered(path / METRICS, None, sha256 if isinstance(sha256, str) else None)
+    require_recipe(path, recipe)
     translations = (f"stages.{stage.name}.translation" for stage in recipe.stages)
     require_unchanged(path, recipe, "data", *translations)
     data, name = artifacts.read_manifest(recipe.data.path), path.resolve().name

@@ -40,6 +40,7 @@ class Position:
     step: int
     world_size: int
     metrics_bytes: int  # length of metrics.jsonl at this point
+    metrics_sha256: str | None = None  # of these bytes; none in checkpoints of version 0.1.0
 
 
 @dataclass(frozen=True)
@@ -241,10 +242,13 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 def _position(path: Path) -> Position:
     manifest = artifacts.read_manifest(path)
-    found = {key: manifest[key] for key in Position.__dataclass_fields__}
+    found = {key: manifest[key] for key in Position.__dataclass_fields__ if key in manifest}
     if not all(isinstance(value, Position.__annotations__[key]) for key, value in found.items()):
         raise ArtifactError(f"{path / artifacts.MANIFEST} is not the manifest of a checkpoint")
-    return Position(**found)
+    try:
+        return Position(**found)
+    except TypeError:
+        raise ArtifactError(f"{path / artifacts.MANIFEST} lacks a key of a checkpoint") from None
 
 
 def _remove_old(run_dir: Path, keep: int, keep_steps: int | None) -> None:

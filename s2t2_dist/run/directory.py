@@ -163,19 +163,19 @@ def check(run_dir: Path, recipe: Recipe, inputs: dict, resume: str) -> None:
         return
     if resume == "never":
         raise ConfigError(f"{run_dir} holds a run and --resume is never; choose another output_dir")
-    changes = changed_keys(_decisive(_values(config)), _decisive(recipe_values(recipe)))
-    if changes:
+    found = changed_keys(_decisive(_values(config)), _decisive(recipe_values(recipe)))
+    if found:
         raise ConfigError(
-            f"{run_dir} was started with another recipe ({'; '.join(changes)}); "
+            f"{run_dir} was started with another recipe ({'; '.join(found)}); "
             "undo the change or choose another output_dir"
         )
     old = identity.read(run_dir)["inputs"]
     if any(entry.get("partial") for entry in old.values()):
         _log.warning("%s is of an earlier version: its weights are compared by size", run_dir)
-    changes = identity.differences(old, inputs)
-    if changes:
+    found = identity.differences(old, inputs)
+    if found:
         raise ConfigError(
-            f"{run_dir} was started with other files ({'; '.join(changes)}); "
+            f"{run_dir} was started with other files ({'; '.join(found)}); "
             "restore them or choose another output_dir"
         )
 
@@ -220,6 +220,11 @@ def read_recipe(run_dir: Path) -> Recipe:
 def is_path(key: str, value: object) -> bool:
     """Whether a recipe's value is the path of an input; `source_tokens` may be `all`."""
     return value is not None and value not in NAMES.get(key, ())
+
+
+def changes(old: Recipe, new: Recipe) -> list[str]:
+    """`key: old -> new` for everything that can change a result and differs."""
+    return changed_keys(_decisive(recipe_values(old)), _decisive(recipe_values(new)))
 
 
 def _decisive(values: dict) -> dict:

@@ -106,6 +106,7 @@ def of_value(value: dict, given: object) -> dict:
 def write(run_dir: Path, inputs: dict) -> None:
     """Write `inputs.json`."""
     record = {"format": FORMAT, "output_dir": str(run_dir.absolute()), "inputs": inputs}
+    record["sha256"] = artifacts.sha256_json(record)
     artifacts.write_json(run_dir / INPUTS, record)
 
 
@@ -124,11 +125,13 @@ def read(run_dir: Path) -> dict:
             f"{path} has the format {record.get('format')}, expected {FORMAT}; restore the file, "
             "or start in another output_dir"
         )
-    if not _well_formed(record):
-        raise ArtifactError(
-            f"{path} does not list the run's inputs; restore the file, or start in another "
-            "output_dir"
-        )
+    else:
+        stated = record.pop("sha256", None)
+        if stated != artifacts.sha256_json(record) or not _well_formed(record):
+            raise ArtifactError(
+                f"{path} was altered after it was written; restore the file, or start in another "
+                "output_dir"
+            )
     return record
 
 

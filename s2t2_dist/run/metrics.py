@@ -1,5 +1,6 @@
 """`metrics.jsonl`: one JSON object per line, one line per stage and step; the source of truth."""
 
+import hashlib
 import json
 import math
 import os
@@ -18,14 +19,17 @@ class MetricsFile:
     def __init__(self, run_dir: Path):
         self.path = run_dir / METRICS
         self._file = self.path.open("ab")
+        self._hash = hashlib.sha256(self.path.read_bytes())
 
     def append(self, stage: str, stage_index: int, step: int, values: dict[str, float]) -> None:
         """Write one line and flush it to the operating system. Non-finite values are left out."""
         finite = {key: value for key, value in values.items() if math.isfinite(value)}
         line = {"stage": stage, "stage_index": stage_index, "step": step, **finite}
         line["time"] = round(time.time(), 3)
-        self._file.write(json.dumps(line).encode() + b"\n")
+        written = json.dumps(line).encode() + b"\n"
+        self._file.write(written)
         self._file.flush()
+        self._hash.update(written)
 
     def sync(self) -> int:
         """Flush to the device; returns the length in bytes, which a checkpoint records."""
@@ -44,6 +48,12 @@ class MetricsFile:
         require_length(self.path, length)
         self._file.truncate(length)
         self._file.seek(0, os.SEEK_END)
+        self._hash = hashlib.sha256(self.path.read_bytes())
+
+    @property
+    def sha256(self) -> str:
+        """Hex sha256 of what was written; a checkpoint and the end of a run record it."""
+        return self._hash.hexdigest()
 
     def close(self) -> None:
         self._file.close()
@@ -60,6 +70,25 @@ def require_length(path: Path, length: int) -> None:
         raise ArtifactError(
             f"{path} has {found} bytes, but had {length} when the checkpoint was written: "
             "it was truncated or replaced; restore it, or start again in a new output_dir"
+        )
+
+
+def require_unaltered(path: Path, length: int | None, sha256: str | None) -> None:
+    """The first `length` bytes of a `metrics.jsonl` (None: all) are those that were recorded.
+
+    Args:
+        sha256: of these bytes; None if an earlier version recorded none.
+
+    Raises:
+        ArtifactError: they are others.
+    """
+    if sha256 is None:
+        return
+    content = path.read_bytes() if path.exists() else b""
+    if hashlib.sha256(content[:length]).hexdigest() != sha256:
+        raise ArtifactError(
+            f"{path} was altered after it was written: its sha256 is not the recorded one; restore "
+            "it, or start again in a new output_dir"
         )
 
 

@@ -111,11 +111,13 @@ class Trainer:
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
                 self._end("failed", "FAILED", reason=f"{type(error).__name__}: {error}")
             raise
-        warnings = self._warnings()
-        self._end("done", "FINISHED", **evaluation.metrics(), **warnings)
+        more = self._warnings()
+        if self.metrics:
+            more["metrics_sha256"] = self.metrics.sha256
+        self._end("done", "FINISHED", **evaluation.metrics(), **more)
         return EXIT_DONE
 
-    def _warnings(self) -> dict[str, list[str]]:
+    def _warnings(self) -> dict[str, object]:
         """On rank 0, say which stages learned nothing, and return it for the status."""
         lines = read_metrics(self.run_dir) if self.metrics else []
         found = [never_better(lines, stage, i) for i, stage in enumerate(self.recipe.stages)]
@@ -259,7 +261,8 @@ class Trainer:
         started = time.monotonic()
         require_finite(runner, self.context, stage, step)
         length = self.metrics.sync() if self.metrics else 0
-        position = checkpoint.Position(index, stage.name, step, self.comm.size, length)
+        sha256 = self.metrics.sha256 if self.metrics else None
+        position = checkpoint.Position(index, stage.name, step, self.comm.size, length, sha256)
         keep = self.recipe.save_total_limit, self.recipe.keep_steps
         checkpoint.save(self.run_dir, position, runner.save, self.comm, *keep)
         self.stop.saved(time.monotonic() - started)

@@ -46,7 +46,7 @@ from s2t2_dist.lm.vocabulary import source_rows
 from s2t2_dist.ot.sizes import cost_states
 from s2t2_dist.run.checkpoint import Position
 from s2t2_dist.run.directory import LOCK
-from s2t2_dist.run.metrics import METRICS, read_metrics, require_length
+from s2t2_dist.run.metrics import METRICS, read_metrics, require_length, require_unaltered
 from s2t2_dist.training.context import Context
 
 PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "numpy", "pyarrow")
@@ -248,8 +248,10 @@ def check_resume(context: Context, path: Path, position: Position) -> None:
 
     def look() -> None:
         if context.comm.rank == 0:  # the file's writer: other hosts may see an older length
-            require_length(context.run_dir / METRICS, position.metrics_bytes)
-            read_metrics(context.run_dir, position.metrics_bytes)
+            path, length = context.run_dir / METRICS, position.metrics_bytes
+            require_length(path, length)
+            read_metrics(context.run_dir, length)
+            require_unaltered(path, length, position.metrics_sha256)
 
     agree(context.comm, look, "looking at the metrics")
 

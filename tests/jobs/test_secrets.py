@@ -1,4 +1,4 @@
-"""A password in a recipe is used and left nowhere: no file, log, parameter, table or export has it."""
+"""A password in a recipe is used and left nowhere: in no file, log, parameter, table or export."""
 
 import json
 import subprocess
