@@ -136,3 +136,13 @@ def is_line(line: object) -> bool:
     return all(isinstance(line.get(key), kind) for key, kind in _TYPES.items()) and all(
         isinstance(value, int | float) and math.isfinite(value) for value in numbers
     )
+
+
+def position(line: dict) -> list[int]:
+    """Number of the stage, and step in it."""
+    return [line["stage_index"], line["step"]]
+
+
+def metric_values(line: dict) -> dict[str, float]:
+    """The values of a line by their names in MLflow: `translate/loss`."""
+    return {f"{line['stage']}/{key}": value for key, value in line.items() if key not in _TYPES}

@@ -105,6 +105,14 @@ def one_line(error: Exception) -> str:
     return without_secrets(" ".join(str(error).split())) or type(error).__name__
 
 
+def not_executed(error: Exception) -> bool:
+    """Whether a request surely did nothing: it was refused as one too many, or nobody was there."""
+    text = str(error)
+    status = getattr(error, "get_http_status_code", lambda: None)()
+    told = ("too many 429", "too many 503", "error code 429", "error code 503", "refused")
+    return status in (429, 503) or any(words in text for words in told)
+
+
 def final(error: Exception, link: dict, experiment: str) -> str | None:
     """What to do about an error that does not go away by itself; None for any other error.
 

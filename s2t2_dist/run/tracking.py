@@ -29,7 +29,15 @@ from s2t2_dist.errors import ArtifactError, S2T2Error
 from s2t2_dist.run import link as links
 from s2t2_dist.run import store
 from s2t2_dist.run.link import LINK, flatten, is_shipped
-from s2t2_dist.run.metrics import METRICS, MetricsFile, parse_lines, read_metrics, require_length
+from s2t2_dist.run.metrics import (
+    METRICS,
+    MetricsFile,
+    metric_values,
+    parse_lines,
+    position,
+    read_metrics,
+    require_length,
+)
 
 __all__ = (
     "LINK",
@@ -51,7 +59,6 @@ PARAMS_IN_ONE = 100  # MLflow's limit of parameters in one call
 PARAM_CHARACTERS = 6000  # MLflow's limit for one parameter value
 RUN_KEY = "s2t2.run_key"  # tag that finds an MLflow run whose id was never recorded
 IGNORED = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID")
-_KEYS = ("stage", "stage_index", "step", "time")
 
 _log = logging.getLogger(__name__)
 
@@ -95,6 +102,7 @@ class MLflowShipper:
         self._ended = False
         self._client = None
         self._link: dict = {}
+        self._absent = False  # whether the store surely has no run of this directory
         self._open = False  # whether the MLflow run is set to RUNNING
         self._had: dict[str, set[int]] = {}  # steps of `sending` that the server has, by key
         store.limit_requests()
@@ -207,7 +215,12 @@ class MLflowShipper:
             return found.experiment_id
         # Beside the database; by default MLflow takes the working directory of the moment.
         place = None if file is None else str(file.parent / "mlruns")
-        return client.create_experiment(self.experiment, artifact_location=place)
+        try:
+            return client.create_experiment(self.experiment, artifact_location=place)
+        except Exception:  # made by another process, or by a request without an answer
+            if found := client.get_experiment_by_name(self.experiment):
+                return found.experiment_id
+            raise
 
     def _log_params(self) -> None:
         from mlflow.entities import Param
@@ -241,7 +254,7 @@ class MLflowShipper:
         batch: list[dict] = []
         items = 0
         for line in lines:
-            if _position(line) <= self._link["shipped"]:
+            if position(line) <= self._link["shipped"]:
                 continue
             if items + len(line) > BATCH_ITEMS:
                 self._send(batch)
@@ -263,7 +276,7 @@ class MLflowShipper:
     def _send(self, lines: list[dict]) -> None:
         """Send lines in one request, recorded in `sending` until the response arrives."""
         if lines:
-            self._had = {key: set() for key in _metric_keys(lines)}
+            self._had = {name: set() for line in lines for name in metric_values(line)}
             self._keep(sending=lines)
             self._log_points()
 
@@ -279,11 +292,16 @@ class MLflowShipper:
             history = self._client.get_metric_history(self._link["run_id"], key)
             self._had[key] = {point.step for point in history}
         missing = [point for point in points if point.step not in self._had[point.key]]
-        self._had = {}  # to be asked again if the next call gets no answer
-        if missing:
-            self._client.log_batch(self._link["run_id"], metrics=missing)
+        had, self._had = self._had, {}  # to be asked again if the next call gets no answer
+        try:
+            if missing:
+                self._client.log_batch(self._link["run_id"], metrics=missing)
+        except Exception as error:
+            if store.not_executed(error):
+                self._had = had
+            raise
         sent = self._link.pop("sending")
-        self._keep(shipped=_position(sent[-1]))
+        self._keep(shipped=position(sent[-1]))
 
 
 def _client(place: store.Store):
@@ -328,21 +346,12 @@ def attach(run_dir: Path, files: list[Path]) -> None:
             return
 
 
-def _position(line: dict) -> list[int]:
-    return [line["stage_index"], line["step"]]
-
-
-def _metric_keys(lines: list[dict]) -> set[str]:
-    return {f"{line['stage']}/{key}" for line in lines for key in line if key not in _KEYS}
-
-
 def _points(line: dict) -> list:
     """A line of `metrics.jsonl` as MLflow metrics."""
     from mlflow.entities import Metric
 
     milliseconds = int(line["time"] * 1000)
     return [
-        Metric(f"{line['stage']}/{key}", float(value), milliseconds, line["step"])
-        for key, value in line.items()
-        if key not in _KEYS
+        Metric(name, float(value), milliseconds, line["step"])
+        for name, value in metric_values(line).items()
     ]
