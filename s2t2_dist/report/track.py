@@ -6,7 +6,9 @@ from s2t2_dist.artifacts import read_json
 from s2t2_dist.config import recipe_values
 from s2t2_dist.errors import ConfigError, S2T2Error
 from s2t2_dist.run.directory import CONFIG, locked, read_recipe, read_state
-from s2t2_dist.run.tracking import LINK, MLflowShipper, flatten, read_metrics
+from s2t2_dist.run.link import LINK, flatten
+from s2t2_dist.run.metrics import read_metrics
+from s2t2_dist.run.tracking import MLflowShipper
 
 # State in `status.json` -> MLflow status. Any other state is KILLED: a run that is still "running"
 # although no job holds its lock was killed.

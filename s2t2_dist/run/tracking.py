@@ -28,28 +28,7 @@ from s2t2_dist.config import TrackingConfig
 from s2t2_dist.errors import ArtifactError, S2T2Error
 from s2t2_dist.run import link as links
 from s2t2_dist.run import store
-from s2t2_dist.run.link import LINK, flatten, is_shipped
-from s2t2_dist.run.metrics import (
-    METRICS,
-    MetricsFile,
-    metric_values,
-    parse_lines,
-    position,
-    read_metrics,
-    require_length,
-)
-
-__all__ = (
-    "LINK",
-    "METRICS",
-    "MLflowShipper",
-    "MetricsFile",
-    "attach",
-    "flatten",
-    "is_shipped",
-    "read_metrics",
-    "require_length",
-)
+from s2t2_dist.run.metrics import METRICS, metric_values, parse_lines, position
 
 SHIP_SECONDS = 2.0
 RETRY_SECONDS = 0.5

@@ -27,9 +27,11 @@ from s2t2_dist.lm import engine
 from s2t2_dist.lm.result import MODEL_DIR
 from s2t2_dist.lm.translation import TRANSLATION_DIR
 from s2t2_dist.run import checkpoint, directory
+from s2t2_dist.run.link import flatten
+from s2t2_dist.run.metrics import MetricsFile, read_metrics
 from s2t2_dist.run.progress import Progress
 from s2t2_dist.run.stopping import Launchers, StopRequest
-from s2t2_dist.run.tracking import MetricsFile, MLflowShipper, flatten, read_metrics
+from s2t2_dist.run.tracking import MLflowShipper
 from s2t2_dist.training.context import Context, StageRunner
 from s2t2_dist.training.finetune import make_stage
 from s2t2_dist.training.nonfinite import SkippedSteps, never_better, require_finite

@@ -15,8 +15,8 @@ from s2t2_dist.errors import S2T2Error
 from s2t2_dist.lm import engine
 from s2t2_dist.lm.inputs import inputs_of
 from s2t2_dist.run import checkpoint, directory, heartbeat, identity
+from s2t2_dist.run.link import is_shipped
 from s2t2_dist.run.stopping import Launchers
-from s2t2_dist.run.tracking import is_shipped
 from s2t2_dist.training import preflight
 from s2t2_dist.training.context import Context
 from s2t2_dist.training.loop import EXIT_DONE, Trainer, start_shipper

@@ -16,15 +16,9 @@ from s2t2_dist.config import TrackingConfig
 from s2t2_dist.errors import ArtifactError
 from s2t2_dist.run import store
 from s2t2_dist.run.directory import locked
-from s2t2_dist.run.link import open_link
-from s2t2_dist.run.tracking import (
-    MetricsFile,
-    MLflowShipper,
-    attach,
-    flatten,
-    is_shipped,
-    read_metrics,
-)
+from s2t2_dist.run.link import flatten, is_shipped, open_link
+from s2t2_dist.run.metrics import MetricsFile, read_metrics
+from s2t2_dist.run.tracking import MLflowShipper, attach
 from tests.report.runs import TRANSLATE, make_recipe, write_run
 from tests.run.mlflow_server import BadNetwork, MLflowServer
 
