@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -143,7 +144,8 @@ def final(error: Exception, link: dict, experiment: str) -> str | None:
 
 
 def limit_requests() -> None:
-    """Set what is not set of the limits of MLflow's requests."""
+    """Set what is not set of the limits of MLflow's requests; its retries are not logged."""
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     os.environ.update({key: os.environ.get(key, value) for key, value in HTTP.items()})
 
 
