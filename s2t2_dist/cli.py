@@ -5,6 +5,7 @@ Commands import what they need when they run, so that `s2t2 --help` answers at o
 
 import contextlib
 import os
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -221,6 +222,8 @@ def export(
     """
     from s2t2_dist.report.export import release
 
+    # So that what it has written so far is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     release(run_dir, out, max_shard_size, evaluate)
     print(f"{out} written and verified{', not evaluated' * (not evaluate)}")
 

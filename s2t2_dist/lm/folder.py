@@ -184,8 +184,8 @@ class WeightFiles:
         """Open the header of every file.
 
         Raises:
-            ArtifactError: a file is missing, truncated, or lacks one of its tensors; the message
-                names the first such file.
+            ArtifactError: a file is missing, truncated, or lacks one of its tensors (the message
+                names the first such file); or the embedding does not have `vocab_size` rows.
         """
         for file in sorted(set(self.file_of.values())):
             held = _tensor_names(self.folder / file)
@@ -195,6 +195,12 @@ class WeightFiles:
                     f"{self.folder / file} lacks {min(listed - held)}, which {INDEX} expects in "
                     "it; copy the model again"
                 )
+        rows = len(self.on_meta(self.embed_name)) if self.embed_name in self.file_of else None
+        if rows not in (None, self.vocab_size):
+            raise ArtifactError(
+                f"{self.folder}: config.json has vocab_size {self.vocab_size}, but the embedding "
+                f"has {rows} rows; use config.json and weights of the same model"
+            )
 
     def rows(self, name: str, token_ids_R: torch.Tensor) -> torch.Tensor:
         """Rows of a (V, D) weight, (R, D) float32; reads only the span from first to last row."""
