@@ -1,10 +1,9 @@
 """Kill a small run of both stages again and again: python -m tests.bench.kills --kills 100
 
-Sends SIGKILL to a random rank, to DeepSpeed's launcher or to the whole job, at random moments; a
-third of them fall inside a checkpoint write. Two more kinds end gently, and must lose no step: SIGTERM
-to DeepSpeed's runner, and SIGHUP to the whole job, as of a terminal that hangs up. Each start resumes the run that was killed before. A
-run that is done is compared with an undisturbed one, and the next run begins. A later call with
-the same --work continues where an earlier one stopped.
+Sends SIGKILL to a random rank, to DeepSpeed's launcher or to the whole job, at random moments, some
+inside a checkpoint write. SIGTERM to DeepSpeed's runner and SIGHUP to the whole job, as of a
+terminal, must lose no step. Each start resumes the run that was killed before. A run that is done is compared
+with an undisturbed one. A later call with the same --work continues where an earlier one stopped.
 """
 
 import argparse
