@@ -1,5 +1,6 @@
 """The inputs of a run by their role, and the files that it reads of each."""
 
+from collections.abc import Container
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -30,11 +31,18 @@ MODEL_FILES = (
 FILE = "file"  # name of the only file of an input that is a file
 
 
-def inputs_of(recipe: Recipe) -> dict[str, Input]:
-    """The inputs of a recipe, but for the DeepSpeed JSON, which is known by its values."""
-    data = recipe.data.path
-    inputs = {"data": _sealed(str(data))}
-    if recipe.model.config is None:
+def inputs_of(recipe: Recipe, roles: Container[str] | None = None) -> dict[str, Input]:
+    """The inputs of a recipe by role, but for the DeepSpeed JSON, which is known by its values.
+
+    Args:
+        roles: look for these alone; default: all.
+    """
+
+    def wanted(role: str) -> bool:
+        return roles is None or role in roles
+
+    inputs = {"data": _sealed(str(recipe.data.path))} if wanted("data") else {}
+    if recipe.model.config is None and wanted("model"):
         folder = local_folder(recipe.model)
         inputs["model"] = Input(recipe.model.model_name_or_path, folder, _model_files(folder))
     for stage in recipe.stages:
@@ -44,10 +52,10 @@ def inputs_of(recipe: Recipe) -> dict[str, Input]:
         elif isinstance(stage, Finetune) and stage.translation is not None:
             given = {"translation": str(stage.translation)}
         for key, value in given.items():
-            if directory.is_path(key, value):
-                path = Path(value)
+            role, path = f"stages.{stage.name}.{key}", Path(value)
+            if directory.is_path(key, value) and wanted(role):
                 found = _sealed(value) if path.is_dir() else Input(value, path, {FILE: path})
-                inputs[f"stages.{stage.name}.{key}"] = found
+                inputs[role] = found
     return inputs
 
 
@@ -111,7 +119,7 @@ def require_unchanged(run_dir: Path, recipe: Recipe, *roles: str) -> None:
         ArtifactError: one does not; names its files.
     """
     old = identity.read(run_dir)["inputs"]
-    inputs = {role: what for role, what in inputs_of(recipe).items() if role in roles}
+    inputs = inputs_of(recipe, roles)
     new = identity.identify(inputs, old, Comm())
     if changes := identity.differences(old, new):
         where = ", ".join(str(what.path) for what in inputs.values())

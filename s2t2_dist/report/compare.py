@@ -86,8 +86,8 @@ def compare(run_dirs: list[Path], out: Path) -> Group:
     artifacts.write_text(out / TABLE_MD, markdown(rows, best))
     guesses = dict(zip(("uniform", "unigram"), map(_bits, rows), strict=False))
     draw(out / FIGURE, _named(runs), guesses)
-    for path in run_dirs:
-        attach(path, [out / name for name in (TABLE_MD, TABLE_JSON, FIGURE)])
+    files = [out / name for name in (TABLE_MD, TABLE_JSON, FIGURE)]
+    all(attach(path, files) for path in run_dirs)  # up to the first failure, of which a line tells
     return terminal_tables(rows, best)
 
 

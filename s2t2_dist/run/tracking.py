@@ -304,14 +304,18 @@ def _try_artifact(client, run_id: str, path: Path) -> bool:
     return True
 
 
-def attach(run_dir: Path, files: list[Path]) -> None:
-    """Add files to the MLflow run of a run directory, if it has one; only a line if that fails."""
+def attach(run_dir: Path, files: list[Path]) -> bool:
+    """Add files to the MLflow run of a run directory, if it has one.
+
+    Returns:
+        False if that failed, which one line says: it is no reason to do nothing else.
+    """
     try:
         link = links.read(run_dir)
     except ArtifactError:
-        return
+        link = None
     if link is None or "run_id" not in link:
-        return
+        return True
     store.limit_requests()
     try:
         client = _client(store.choose(None, link))
@@ -319,10 +323,9 @@ def attach(run_dir: Path, files: list[Path]) -> None:
         _log.warning(
             "MLflow at %s: %s; %s has the files", link["uri"], store.one_line(error), files
         )
-        return
-    for path in files:
-        if not _try_artifact(client, link["run_id"], path):
-            return
+        return False
+    with store.without_retries():
+        return all(_try_artifact(client, link["run_id"], path) for path in files)
 
 
 def _points(line: dict) -> list:

@@ -2,8 +2,9 @@
 
 Sends SIGKILL to a random rank, to DeepSpeed's launcher or to the whole job, at random moments, some
 inside a checkpoint write. SIGTERM to DeepSpeed's runner and SIGHUP to the whole job, as of a
-terminal, must lose no step. Each start resumes the run that was killed before. A run that is done is compared
-with an undisturbed one. A later call with the same --work continues where an earlier one stopped.
+terminal, must lose no step. Each start resumes the run that was killed before. A run that is done
+is compared with an undisturbed one. A later call with the same --work continues where an earlier
+one stopped.
 """
 
 import argparse
