@@ -17,7 +17,11 @@ _PORTS = {"http": 80, "https": 443}
 # MLflow's own retries would block the thread for minutes, and the thread retries itself. One is
 # left to it, because it alone sees how long a server that is busy asks to wait (Retry-After).
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
-HTTP = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "15", RETRIES: "1"}
+HTTP = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+    RETRIES: "1",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # for which it asks once more at the end
+}
 NOT_FOUND = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
 
 

@@ -178,14 +178,18 @@ class MLflowShipper:
         if "experiment_id" not in self._link:
             self._keep(experiment_id=self._make_experiment())
         experiment_id = self._link["experiment_id"]
-        made = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{key}'")
-        if not made:
-            tags = resolve_tags() | {RUN_KEY: key}  # the user, the source, its git commit
-            with (
-                store.without_retries()
-            ):  # one that was executed without an answer would be made twice
-                made = [client.create_run(experiment_id, run_name=self.run_dir.name, tags=tags)]
-        return made[0].info.run_id
+        if not self._absent:
+            if made := client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{key}'"):
+                return made[0].info.run_id
+            self._absent = True
+        tags = resolve_tags() | {RUN_KEY: key}  # the user, the source, its git commit
+        try:
+            with store.without_retries():  # a second one, if the first got no answer
+                made = client.create_run(experiment_id, run_name=self.run_dir.name, tags=tags)
+        except Exception as error:
+            self._absent = store.not_executed(error)
+            raise
+        return made.info.run_id
 
     def _make_experiment(self) -> str:
         client, file = self._client, self.store.file

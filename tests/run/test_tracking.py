@@ -271,17 +271,6 @@ def test_a_server_that_fails_every_second_call_gets_every_point(fails, server, t
 
 
 @pytest.mark.slow
-def test_progress_is_kept_without_any_retry_of_mlflow(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    _append(tmp_path, *range(1, 200))
-    with BadNetwork(server.port) as network:
-        network.fails = "refusal"
-        tracking = TrackingConfig(uri=network.uri, experiment="without-retries")
-        assert MLflowShipper(tmp_path, tracking, {"seed": "1"}).close("FINISHED", seconds=150)
-    _require_each_once(server.uri, tmp_path, range(1, 200))
-
-
-@pytest.mark.slow
 def test_a_rate_limit_is_waited_for(server, tmp_path):
     _append(tmp_path, *range(1, 100))
     with BadNetwork(server.port) as network:
