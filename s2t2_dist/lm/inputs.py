@@ -101,6 +101,13 @@ def recorded_recipe(run_dir: Path) -> Recipe:
     return recipe.model_copy(update=changes)
 
 
+def is_from_hub(run_dir: Path) -> bool:
+    """Whether the run's base model was the hub's, by that name, and not a folder."""
+    model = identity.read(run_dir)["inputs"].get("model", {})
+    folder = Path(model.get("path") or "")
+    return f"models--{(model.get('given') or '').replace('/', '--')}" in folder.parts
+
+
 def _text(path: Path | str | None) -> str | None:
     return None if path is None else str(path)
 

@@ -13,7 +13,7 @@ from s2t2_dist.data.order import rows_at
 from s2t2_dist.data.shards import ShardReader, require_tokenizer
 from s2t2_dist.errors import ArtifactError, ConfigError, DataError
 from s2t2_dist.lm.folder import SPECIAL_IDS, WeightFiles, local_folder, save_configs, write_weights
-from s2t2_dist.lm.inputs import recorded_recipe, require_recipe, require_unchanged
+from s2t2_dist.lm.inputs import is_from_hub, recorded_recipe, require_recipe, require_unchanged
 from s2t2_dist.lm.result import MAX_SHARD_SIZE, MODEL_DIR, copy_tokenizer
 from s2t2_dist.lm.translation import RECORD, TRANSLATION_DIR, fold_translation
 from s2t2_dist.report.card import model_card
@@ -72,7 +72,8 @@ def release(
         ids = {name: getattr(tokenizer, name) for name in SPECIAL_IDS}
         save_configs(AutoConfig.from_pretrained(source), ids, temporary)
         stated = Evaluation(**record["evaluation"])
-        card = model_card(target.name, recipe, train.metadata, stated)
+        hub = is_from_hub(run_dir)
+        card = model_card(target.name, recipe, train.metadata, stated, hub)
         (temporary / CARD).write_text(card, encoding="utf-8")
         require_verified(temporary, record[UNTRAINED])
         if evaluation:

@@ -18,6 +18,7 @@ from s2t2_dist.data.evaluate import Evaluation
 from s2t2_dist.data.order import row_at
 from s2t2_dist.data.shards import ShardReader
 from s2t2_dist.errors import ArtifactError, DataError, S2T2Error
+from s2t2_dist.lm.inputs import is_from_hub
 from s2t2_dist.lm.result import write_model
 from s2t2_dist.report.export import copy_weights, release, untrained_ids
 from s2t2_dist.report.verify import UNTRAINED, verify_model
@@ -267,6 +268,8 @@ def test_data_that_changed_since_are_refused(project, source_data):
 def test_the_inputs_are_found_from_another_folder_and_after_a_move(project, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     release(project / "runs/x", tmp_path / "elsewhere")
+    card = (tmp_path / "elsewhere/README.md").read_text()
+    assert "`model`, moved to another domain" in card and "base_model" not in card
     moved = project.rename(tmp_path / "renamed")
     release(moved / "runs/x", tmp_path / "after")
     first, second = (load_file(tmp_path / n / "model.safetensors") for n in ("elsewhere", "after"))
@@ -343,3 +346,15 @@ def test_a_full_disk_is_one_line(project, capsys):
 def test_a_shard_size_that_is_none_is_refused(size, project, capsys):
     assert cli.run(["export", "runs/x", "--out", "out", "--max-shard-size", size]) == 2
     assert "max_shard_size" in capsys.readouterr().err
+
+
+def test_the_card_names_a_base_of_the_hub(project):
+    """Its folder is the hub's snapshot of that name; a folder that is spelled like one is none."""
+    path = project / "runs/x/inputs.json"
+    for folder, hub in (("models--a--b/snapshots/1", True), ("a/b", False)):
+        record = json.loads(path.read_text())
+        record["inputs"]["model"] |= {"given": "a/b", "path": f"/somewhere/{folder}"}
+        record.pop("sha256")
+        record["sha256"] = artifacts.sha256_json(record)
+        path.write_text(json.dumps(record))
+        assert is_from_hub(project / "runs/x") == hub
