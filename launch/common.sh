@@ -89,7 +89,10 @@ install() {
 # ensure_installed run|test: installs, unless a finished install is up to date.
 ensure_installed() {
   (
-    if command -v flock >/dev/null; then flock 9; fi # of two scripts at once, the second waits
+    if command -v flock >/dev/null && ! flock -n 9; then # of two scripts at once, the second waits
+      echo "waiting for another script that installs into $VENV" >&2
+      flock 9
+    fi
     is_installed "$1" && exit
     if [[ $1 == test ]]; then install test "[test]"; else install run; fi
     install_hash >"$VENV/.installed-run"

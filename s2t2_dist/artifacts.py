@@ -9,19 +9,26 @@ A result is written in this order:
 """
 
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
+import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from s2t2_dist.errors import ArtifactError, S2T2Error
 
 MANIFEST = "manifest.json"
 COMPLETE = "COMPLETE"
+NAME_BYTES = 200  # of a name that a temporary one repeats: names may have 255
+NEW_FILE = 0o666  # permissions of a new file, before the umask
 
 
 def sha256_file(path: Path) -> str:
@@ -45,9 +52,16 @@ def fsync_path(path: Path) -> None:
         os.close(fd)
 
 
+def _beginning(name: str) -> str:
+    """As much of a file's name as the name of a temporary one can repeat."""
+    return os.fsdecode(os.fsencode(name)[:NAME_BYTES])
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file atomically: a reader sees the old text or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{threading.get_ident()}")
+    temporary = path.with_name(
+        f".{_beginning(path.name)}.tmp-{os.getpid()}-{threading.get_ident()}"
+    )
     try:
         with temporary.open("w", encoding="utf-8") as f:
             f.write(text)
@@ -69,14 +83,19 @@ def read_json(path: Path) -> dict:
     """Read a JSON object.
 
     Raises:
-        ArtifactError: the file is missing or is not JSON.
+        ArtifactError: the file is missing, or is not JSON, or no object.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtifactError(f"{path} does not exist") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError
         raise ArtifactError(f"{path} is not valid JSON ({error}); was it edited or cut?") from None
+    if not isinstance(found, dict):
+        raise ArtifactError(
+            f"{path} holds a {type(found).__name__}, expected an object; was it edited?"
+        )
+    return found
 
 
 def list_files(directory: Path) -> list[str]:
@@ -89,13 +108,29 @@ def list_files(directory: Path) -> list[str]:
 
 
 def describe_files(directory: Path, names: list[str]) -> dict[str, dict]:
-    """Size in bytes and sha256 of the named files, each flushed to the device first."""
+    """Size in bytes and sha256 of the named files, each flushed to the device first.
+
+    They get the permissions of any new file: safetensors makes its own for the owner alone.
+    """
     entries = {}
     for name in names:
         path = directory / name
+        _let_umask_decide(path)
         fsync_path(path)
         entries[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     return entries
+
+
+def _let_umask_decide(path: Path) -> None:
+    """Give a file the permissions of any new file.
+
+    The umask is read from /proc: Python can only read it by setting it, for every thread.
+    """
+    status = Path("/proc/self/status").read_text()
+    umask = int(re.search(r"^Umask:\s*(\d+)", status, re.MULTILINE)[1], 8)
+    wanted = NEW_FILE & ~umask
+    if not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) != wanted:
+        path.chmod(wanted)
 
 
 def seal(directory: Path, record: dict, files: dict[str, dict] | None = None) -> None:
@@ -125,9 +160,20 @@ def read_manifest(directory: Path) -> dict:
     if not is_complete(directory):
         what = "has no COMPLETE file: it was not finished" if directory.is_dir() else "is missing"
         raise ArtifactError(f"{directory} {what}; make it again")
-    if (directory / COMPLETE).read_text().strip() != sha256_file(directory / MANIFEST):
-        raise ArtifactError(f"{directory / MANIFEST} was changed after it was sealed")
-    return read_json(directory / MANIFEST)
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing; make {directory} again")
+    if (directory / COMPLETE).read_bytes().strip() != sha256_file(path).encode():
+        raise ArtifactError(f"{path} was changed after it was sealed, or {COMPLETE} was")
+    manifest = read_json(path)
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
+        raise ArtifactError(f"{path} lists no files; make {directory} again")
+    return manifest
+
+
+def _is_entry(entry: object) -> bool:
+    return isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
 
 
 def verify(
@@ -171,6 +217,49 @@ def publish(temporary: Path, target: Path) -> None:
     fsync_path(target.parent)
 
 
+def require_absent(target: Path) -> None:
+    """Raise an ArtifactError if there is something at `target`, be it a link that leads nowhere."""
+    if os.path.lexists(target):
+        raise ArtifactError(f"{target} exists; choose another folder or remove it yourself")
+
+
+@contextmanager
+def scratch_directory(target: Path, kind: str = "tmp") -> Iterator[Path]:
+    """Yield a new hidden folder beside `target`, removed at the end unless it was renamed.
+
+    Those that killed processes left beside the same target are removed first: nobody holds their
+    lock.
+    """
+    prefix = f".{_beginning(target.name)}.{kind}-"
+    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
+        with suppress(OSError):  # in use, or on a disk without locks
+            held = _lock(left)
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(held)
+    temporary = target.parent / f"{prefix}{os.getpid()}-{secrets.token_hex(3)}"
+    temporary.mkdir()
+    held = None
+    with suppress(OSError):
+        held = _lock(temporary)
+    try:
+        yield temporary
+    finally:
+        if held is not None:
+            os.close(held)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _lock(folder: Path) -> int:
+    """Lock a folder until the returned descriptor is closed; an OSError if another process has."""
+    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(held)
+        raise
+    return held
+
+
 @contextmanager
 def sealed_directory(target: Path, record: dict) -> Iterator[Path]:
     """Yield a temporary directory that becomes `target`, sealed, when the block succeeds.
@@ -181,29 +270,39 @@ def sealed_directory(target: Path, record: dict) -> Iterator[Path]:
     Raises:
         ArtifactError: `target` exists; it is never overwritten.
     """
-    if target.exists():
-        raise ArtifactError(f"{target} exists; choose another folder or remove it yourself")
+    require_absent(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with scratch_directory(target) as temporary:
         yield temporary
         seal(temporary, record)
         publish(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def disk_error(error: OSError, doing: str) -> S2T2Error | None:
-    """The one-line error for a full or read-only disk; None for any other OSError.
+    """The one-line error for what a disk or a path does not allow; None for any other OSError.
 
     Args:
         doing: what was being done, for the message: "saving X".
     """
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return S2T2Error(f"no space left while {doing} ({error}); free space and run again")
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return S2T2Error(f"not allowed to write while {doing} ({error}); choose another folder")
+    for numbers, what, advice in _DISK_ERRORS:
+        if error.errno in numbers:
+            return S2T2Error(f"{what} while {doing} ({error}); {advice}")
     return None
+
+
+_DISK_ERRORS = (
+    ((errno.ENOSPC, errno.EDQUOT), "no space left", "free space and run again"),
+    (
+        (errno.EROFS, errno.EACCES, errno.EPERM),
+        "not allowed to read or write",
+        "change the permissions or choose another folder",
+    ),
+    ((errno.ENAMETOOLONG,), "a name is too long", "names may have 255 bytes: choose a shorter one"),
+    (
+        (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP),
+        "a file is where a folder is needed, or the reverse,",
+        "choose another path",
+    ),
+    ((errno.ENOENT,), "a file is missing", "another program may have removed it"),
+    ((errno.EMFILE, errno.ENFILE), "too many open files", "raise `ulimit -n`"),
+)

@@ -3,7 +3,9 @@
 Commands import what they need when they run, so that `s2t2 --help` answers at once.
 """
 
+import contextlib
 import os
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -22,7 +24,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Move a language model to a new tokenizer by sparse Sinkhorn token translation.",
 )
 config_app = typer.Typer(no_args_is_help=True, help="Look up what a recipe may hold.")
 translation_app = typer.Typer(no_args_is_help=True, help="Look into a learned translation.")
@@ -38,6 +39,26 @@ Overrides = Annotated[
         help="Settings that replace the recipe's: stages.translate.max_steps=50",
     ),
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"s2t2-dist {version('s2t2-dist')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+):
+    """Move a language model to a new tokenizer by sparse Sinkhorn token translation."""
 
 
 @app.command("train")
@@ -63,17 +84,23 @@ def train(
     The same command resumes a stopped run. Exit codes: 0 done, 2 a mistake in the recipe or data,
     3 stopped by a signal with a checkpoint written, 4 ended because another rank was lost.
     """
+    from s2t2_dist.run.output import survive_closed_output
+    from s2t2_dist.run.stopping import Launchers
+
+    survive_closed_output()
+    launchers = Launchers.now()  # before the imports, which take seconds
+
     from s2t2_dist.config import load_recipe
     from s2t2_dist.training import start
 
-    raise typer.Exit(start.run(load_recipe(recipe, overrides), resume, dry_run))
+    raise typer.Exit(start.run(load_recipe(recipe, overrides), resume, dry_run, launchers))
 
 
 @app.command("track")
 def track(
     run_dir: Annotated[Path, typer.Argument(help="A run's output_dir; no job may run in it.")],
     seconds: Annotated[
-        float, typer.Option(min=1, help="Seconds to wait for the MLflow server.")
+        float, typer.Option(min=1, max=1e6, help="Seconds to wait for the MLflow server.")
     ] = 60.0,
 ):
     """Upload the metrics that MLflow could not receive.
@@ -91,7 +118,9 @@ def track(
 def plan(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe; see launch/recipes/.")],
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of the whole job.")],
-    gpu_memory: Annotated[float, typer.Option(min=0.001, help="Memory of each GPU, in GiB.")],
+    gpu_memory: Annotated[
+        float, typer.Option(min=0.001, max=1e6, help="Memory of each GPU, in GiB.")
+    ],
     overrides: Overrides = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each node.")] = 8,
     config: Annotated[
@@ -177,17 +206,26 @@ def export(
     max_shard_size: Annotated[
         str, typer.Option(help="Size of the largest safetensors file.")
     ] = "5GB",
+    evaluate: Annotated[
+        bool,
+        typer.Option(
+            "--evaluate/--no-evaluate",
+            help="Evaluate it on the whole validation split; compare with the run's number.",
+        ),
+    ] = True,
 ):
     """Write a finished run's model as a Hugging Face folder.
 
-    The folder is verified before it appears.
+    The folder is verified and evaluated before it appears, on the GPU if there is one.
 
     Example: `s2t2 export runs/quickstart --out exports/protein`
     """
     from s2t2_dist.report.export import release
 
-    release(run_dir, out, max_shard_size)
-    print(f"{out} written and verified")
+    # So that what it has written so far is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    release(run_dir, out, max_shard_size, evaluate)
+    print(f"{out} written and verified{', not evaluated' * (not evaluate)}")
 
 
 @app.command("verify")
@@ -261,8 +299,9 @@ def main() -> None:
     that then lets go of a tensor aborts the process (seen as exit code 134 once in ten).
     """
     code = run(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(code)
 
 
@@ -274,14 +313,24 @@ def run(arguments: list[str]) -> int:
         return end.code or 0
     except S2T2Error as error:
         problem = error
-    except OSError as error:
-        problem = artifacts.disk_error(error, f"running s2t2 {' '.join(arguments[:2])}")
+    except Exception as error:
+        problem = _known_problem(error, f"running s2t2 {' '.join(arguments[:2])}")
         if problem is None:
             raise
     if not problem.collective or os.environ.get("RANK", "0") == "0":  # rank 0 speaks for all
         for line in problem.lines:
             print(f"error: {line}", file=sys.stderr)
     return USER_ERROR
+
+
+def _known_problem(error: Exception, doing: str) -> S2T2Error | None:
+    """The one-line error for what is no bug of ours; None for any other exception."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return artifacts.disk_error(error, doing) or S2T2Error(f"{doing}: {error}")
+    if type(error).__name__ == "SafetensorError":  # importing its class takes a while
+        reason = " ".join(str(error).split())
+        return S2T2Error(f"weights could not be read or written while {doing}: {reason}")
+    return None
 
 
 if __name__ == "__main__":

@@ -4,9 +4,12 @@ The solvers and the trainer call a `Comm`. With one process its collectives do n
 and many ranks run the same code.
 """
 
+import contextlib
 import os
 import socket
-from collections.abc import Callable, Iterable
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import TypeVar
 
@@ -22,6 +25,10 @@ from s2t2_dist.errors import S2T2Error
 START_TIMEOUT = 300.0
 # Bytes over all ranks. Up to here the number of rounds bounds gloo's sums, not the bandwidth.
 MOST_GATHERED = 1 << 20
+
+# What every launcher sets for a rank.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+ANNOUNCE_SECONDS = 5.0  # of waiting, after which a line says for what
 
 T = TypeVar("T")
 
@@ -108,6 +115,58 @@ class GroupComm(Comm):
         return values[0]
 
 
+def is_launched() -> bool:
+    """Whether a launcher started this process as a rank of a job.
+
+    Raises:
+        S2T2Error: it looks like it, but a variable is missing or is not what it must be.
+    """
+    found = {name: os.environ.get(name, "").strip() for name in RANK_VARIABLES}
+    if "RANK" not in os.environ:
+        return False
+    lacking = [name for name, value in found.items() if not value]
+    if lacking:
+        raise S2T2Error(
+            f"{', '.join(lacking)}: empty or not set, although RANK is there; a launcher sets all "
+            f"of {', '.join(RANK_VARIABLES)}; unset RANK for a job of one process"
+        )
+    numbers = {}
+    for name in RANK_VARIABLES:
+        if name != "MASTER_ADDR":
+            if not found[name].isdecimal():
+                raise S2T2Error(f"{name} is {found[name]!r}, expected a whole number; correct it")
+            numbers[name] = int(found[name])
+    if numbers["RANK"] >= numbers["WORLD_SIZE"]:
+        raise S2T2Error(
+            f"RANK is {numbers['RANK']}, but WORLD_SIZE {numbers['WORLD_SIZE']}: ranks count from "
+            "0; is one of them left from another job?"
+        )
+    if not 0 < numbers["MASTER_PORT"] < 1 << 16:
+        raise S2T2Error(f"MASTER_PORT is {numbers['MASTER_PORT']}, expected one from 1 to 65535")
+    return True
+
+
+@contextlib.contextmanager
+def announced(line: Callable[[], str | None]) -> Iterator[None]:
+    """Print a line on standard error if the block takes longer than ANNOUNCE_SECONDS.
+
+    Args:
+        line: who waits for what; None for no line. Called when it is due.
+    """
+
+    def announce() -> None:
+        if text := line():
+            print(text, file=sys.stderr, flush=True)
+
+    timer = threading.Timer(ANNOUNCE_SECONDS, announce)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def join(backend: str, timeout: float) -> None:
     """Meet the other ranks of the job and form its process group.
 
@@ -121,11 +180,21 @@ def join(backend: str, timeout: float) -> None:
     """
     rank = int(os.environ["RANK"])
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+    def waiting() -> str | None:
+        others = int(os.environ["WORLD_SIZE"]) - 1
+        what = f"the other {others} ranks (WORLD_SIZE)" if rank == 0 else "rank 0"
+        if rank == 0 or os.environ.get("LOCAL_RANK") == "0":
+            me = f"rank {rank} on {socket.gethostname()}"
+            return f"{me} waits for {what} at {where}, for up to {START_TIMEOUT:.0f} s"
+        return None
+
     try:
         start = timedelta(seconds=START_TIMEOUT)
-        store, _, size = next(dist.rendezvous("env://", timeout=start))
+        with announced(waiting):
+            store, _, size = next(dist.rendezvous("env://", timeout=start))
     except dist.DistError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())
         raise S2T2Error(
             f"rank {rank} on {socket.gethostname()} found no other ranks at {where} ({reason}); "
             "check the output of the other nodes, and whether an earlier run still holds the port"

@@ -8,16 +8,25 @@ are relative to the working directory. Unknown keys are errors that name the key
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from s2t2_dist import yaml12
 from s2t2_dist.errors import ConfigError
+from s2t2_dist.fields import (
+    Beta,
+    ExpandedPath,
+    ExpandedText,
+    Fraction,
+    NotNegative,
+    Number,
+    Positive,
+    Switch,
+    Uri,
+    Whole,
+    problems,
+)
 from s2t2_dist.overrides import apply_override
 
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
 # The ways to learn P, those of `ot.make_solver`, and what tables and model cards call them.
 METHODS = {
     "dykstra": "S2T2",
@@ -39,7 +48,7 @@ class _Strict(BaseModel):
 class ModelConfig(_Strict):
     """The language model."""
 
-    model_name_or_path: str | None = Field(
+    model_name_or_path: ExpandedText | None = Field(
         None, description="Hugging Face folder or hub name; left out only to pretrain"
     )
     revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
@@ -50,7 +59,7 @@ class ModelConfig(_Strict):
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="dtype of weights and activations; master weights are float32"
     )
-    gradient_checkpointing: bool = Field(
+    gradient_checkpointing: Switch = Field(
         False, description="recompute activations in the backward pass: less memory, more time"
     )
 
@@ -64,14 +73,14 @@ class ModelConfig(_Strict):
 class DataConfig(_Strict):
     """The shards, as `s2t2 data build` made them."""
 
-    path: Path = Field(description="directory with train/, validation/ and manifest.json")
-    tokenizer: Path | None = Field(
+    path: ExpandedPath = Field(description="directory with train/, validation/ and manifest.json")
+    tokenizer: ExpandedPath | None = Field(
         None, description="if given, the shards must have been made with this tokenizer"
     )
     verify: Literal["size", "full"] = Field(
         "size", description="check of the shards at start: sizes only, or every sha256"
     )
-    document_mask: bool = Field(
+    document_mask: Switch = Field(
         False,
         description="keep the documents of a row apart: no attention and no loss across their "
         "boundaries",
@@ -81,9 +90,12 @@ class DataConfig(_Strict):
 class TrackingConfig(_Strict):
     """MLflow. `MLFLOW_TRACKING_URI`, where set, wins over `uri`."""
 
-    enabled: bool = Field(True, description="whether MLflow gets the metrics of metrics.jsonl")
-    uri: str | None = Field(
-        None, description="tracking server or database; default sqlite:///<cwd>/mlflow.db"
+    enabled: Switch = Field(True, description="whether MLflow gets the metrics of metrics.jsonl")
+    uri: Uri | None = Field(
+        None,
+        repr=False,
+        description="tracking server or database; default sqlite:///<cwd>/mlflow.db; a password in "
+        "it is used and not written anywhere",
     )
     experiment: str = Field("s2t2", description="name of the MLflow experiment")
 
@@ -97,7 +109,7 @@ class Stage(_Strict):
         description="name of the checkpoint folders and metrics; default: the kind",
         json_schema_extra=lambda schema: schema.pop("default"),  # empty stands for the kind
     )
-    max_steps: Annotated[int, Field(ge=0)] = Field(description="optimizer steps")
+    max_steps: Annotated[Whole, Field(ge=0)] = Field(description="optimizer steps")
     train_batch_size: Positive = Field(
         16, description="rows per optimizer step over all ranks; the same at any world size"
     )
@@ -152,7 +164,7 @@ class Translate(Stage):
     iterations: Positive = Field(
         3, description="Sinkhorn iterations n; for dual the limit of a solve, 100 by default"
     )
-    tolerance: Annotated[float, Field(gt=0)] | None = Field(
+    tolerance: Annotated[Number, Field(gt=0)] | None = Field(
         None,
         description="dual only: a solve ends when no row sum is off by a larger share, 1e-3 by "
         "default; null takes every iteration",
@@ -166,10 +178,10 @@ class Translate(Stage):
     embed_scale: Literal["paper", "convex"] = Field(
         "paper", description="E' = (P^T * 1/mu) E as in the paper, or convex: 1/nu instead"
     )
-    source_tokens: str = Field(
+    source_tokens: ExpandedText = Field(
         "all", description="rows of P: all, bytes (single characters), or a file of token ids"
     )
-    source_marginal: str = Field(
+    source_marginal: ExpandedText = Field(
         "uniform",
         description="mu: uniform, or a directory of `s2t2 data build` in the source tokenizer, "
         "whose token frequencies it takes (over at most 32,768 rows of the train split); a token "
@@ -181,7 +193,7 @@ class Translate(Stage):
         "32,768 of them) plus 1 each, so that no token is left without mass; with frequency take "
         "embed_scale convex, since the paper's makes rare tokens' rows of E' short",
     )
-    entropy_weight: float = Field(0.0, description="alpha of alpha * H(P), H in nats")
+    entropy_weight: Number = Field(0.0, description="alpha of alpha * H(P), H in nats")
 
     @model_validator(mode="before")
     @classmethod
@@ -208,7 +220,7 @@ class Finetune(Stage):
         description="translation: fold E', L' into the model; truncate: keep the first U rows of "
         "E and L; source: change nothing (data in source tokens)",
     )
-    translation: Path | None = Field(
+    translation: ExpandedPath | None = Field(
         None, description="translation to fold; default: the one that this run learns"
     )
 
@@ -219,13 +231,15 @@ AnyStage = Annotated[Pretrain | Translate | Finetune, Field(discriminator="kind"
 class Recipe(_Strict):
     """One run: a model, its data and the stages it goes through."""
 
-    output_dir: Path = Field(description="run directory; resumed if it holds a run of this recipe")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+    output_dir: ExpandedPath = Field(
+        description="run directory; resumed if it holds a run of this recipe"
+    )
+    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = Field(
         17, description="seed of the data order and of initial weights"
     )
     model: ModelConfig = Field(description="language model to start from")
     data: DataConfig = Field(description="shards, as `s2t2 data build` made them")
-    deepspeed: Path = Field(description="DeepSpeed JSON; see ds_configs/README.md")
+    deepspeed: ExpandedPath = Field(description="DeepSpeed JSON; see ds_configs/README.md")
     stages: Annotated[list[AnyStage], Field(min_length=1)] = Field(
         description="what the run does, in this order"
     )
@@ -234,7 +248,7 @@ class Recipe(_Strict):
     keep_steps: Positive | None = Field(
         None, description="checkpoints at multiples of so many steps of a stage stay for good"
     )
-    max_hours: Annotated[float, Field(gt=0)] | None = Field(
+    max_hours: Annotated[Number, Field(gt=0)] | None = Field(
         None, description="time limit of one job, which saves and exits with code 3 before it"
     )
     max_bad_steps: Positive = Field(
@@ -275,21 +289,23 @@ class Recipe(_Strict):
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe and apply `key=value` overrides (values are YAML).
+    """Read a recipe and apply `key=value` overrides (values are YAML 1.2).
 
     Raises:
         ConfigError: not YAML, an unknown or missing key, or a value out of range; the message
             names the key path.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml12.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"recipe {path} does not exist") from None
     except OSError as error:
         reason = error.strerror or error
         raise ConfigError(f"recipe {path} cannot be read ({reason}); give a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"recipe {path} is not YAML: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"recipe {path}: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"recipe {path} holds no keys; see launch/recipes/quickstart.yaml")
     for override in overrides or []:
@@ -297,7 +313,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"recipe {path}: {_first_problems(error)}") from None
+        raise ConfigError(f"recipe {path}: {problems(error)}") from None
 
 
 def recipe_schema() -> dict:
@@ -330,17 +346,3 @@ def _as_mapping(value: object) -> object:
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         return {item.get("name") or item.get("kind", str(i)): item for i, item in enumerate(value)}
     return value
-
-
-def _first_problems(error: ValidationError) -> str:
-    problems = []
-    for problem in error.errors()[:3]:
-        path = ".".join(str(part) for part in problem["loc"]) or "recipe"
-        kind = problem["type"]
-        if kind == "extra_forbidden":
-            problems.append(f"unknown key {path}")
-        elif kind == "missing":
-            problems.append(f"missing key {path}")
-        else:
-            problems.append(f"{path}: {problem['msg'].removeprefix('Value error, ')}")
-    return "; ".join(problems)

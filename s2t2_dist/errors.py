@@ -3,6 +3,30 @@
 A message says what was found, what was expected and what to do. `assert` is for bugs.
 """
 
+import re
+
+# The user and password of a URL, and parameters of its query that look like a secret.
+_CREDENTIALS = re.compile(r"(\b[a-zA-Z][\w+.-]*://)[^/\s'\"]*@")
+_SECRETS = re.compile(
+    r"([?&][^=&\s]*(?:passw|pwd|token|secret|key)[^=&\s]*=)[^&\s'\"]*", re.IGNORECASE
+)
+
+
+def without_secrets(text: str) -> str:
+    """A text with the credentials of every URL in it taken out: https://host, not https://u:p@host.
+
+    Of a database's URL the user stays, without which it means another one.
+    """
+    text = _CREDENTIALS.sub(_without_password, text)
+    return _SECRETS.sub(r"\1***", text)
+
+
+def _without_password(found: re.Match) -> str:
+    scheme = found[1]
+    if scheme.startswith("http"):
+        return scheme
+    return f"{scheme}{found[0].removeprefix(scheme).partition(':')[0].removesuffix('@')}@"
+
 
 class S2T2Error(Exception):
     """Base of every error that is not a bug in this package.
@@ -15,8 +39,8 @@ class S2T2Error(Exception):
 
     @property
     def lines(self) -> list[str]:
-        """What to print: one line per problem."""
-        return [" ".join(str(self).split())]
+        """What to print: one line per problem, without any password."""
+        return [without_secrets(" ".join(str(self).split()))]
 
 
 class ConfigError(S2T2Error):
@@ -52,4 +76,4 @@ class PreflightError(S2T2Error):
 
     @property
     def lines(self) -> list[str]:
-        return self.problems
+        return [without_secrets(" ".join(problem.split())) for problem in self.problems]

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-import yaml
-
+from s2t2_dist import yaml12
 from s2t2_dist.errors import ConfigError
 
 
@@ -36,10 +35,13 @@ def apply_override(values: dict, override: str) -> None:
         raise ConfigError(
             f"override {override!r} replaces an item of {parents[-1]}; set a key of the item"
         )
+    if not text.strip():
+        raise ConfigError(f"override {override!r} has no value; give one, or null for none")
     try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not YAML; quote it") from None
+        node[last] = yaml12.parse(text)
+    except ConfigError as error:
+        hint = "; the value is not YAML; quote it" if str(error).startswith("not YAML") else ""
+        raise ConfigError(f"override {override!r}: {error}{hint}") from None
 
 
 def _list_item(items: list, part: str, path: str) -> Any:

@@ -1,6 +1,7 @@
 """The help of every command: complete, within 80 columns, with an example."""
 
 import re
+from importlib.metadata import version
 
 import pytest
 from typer.main import get_command
@@ -52,3 +53,17 @@ def test_each_command_takes_one_line_in_the_list(path, help_of):
     lines = [line.strip("│ \n") for line in listed.splitlines() if line.startswith("│")]
     names = {leaf[len(path)] for leaf in LEAVES if leaf[: len(path)] == path}
     assert {line.split()[0] for line in lines} == names and len(lines) == len(names)
+
+
+def test_the_version_is_printed(capsys):
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"s2t2-dist {version('s2t2-dist')}\n"
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "-1", "0", "1e400"])
+@pytest.mark.parametrize(
+    "command", [["plan", "r", "--gpus", "1", "--gpu-memory"], ["track", "r", "--seconds"]]
+)
+def test_a_number_that_is_none_is_refused(command, value, capsys):
+    assert cli.run([*command, value]) == 2
+    assert command[-1] in capsys.readouterr().err

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from s2t2_dist import cli
+from s2t2_dist import cli, yaml12
 from s2t2_dist.config import (
     Finetune,
     Translate,
@@ -217,3 +217,145 @@ def test_changed_keys_name_the_stage(write):
     new = recipe_values(load_recipe(write(MINIMAL), ["stages.translate.max_steps=11", "seed=1"]))
     assert changed_keys(old, new) == ["seed: 17 -> 1", "stages.translate.max_steps: 10 -> 11"]
     assert changed_keys(old, old) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("010", 10),  # YAML 1.1: 8
+        ("0o10", 8),
+        ("1e3", 1000),
+        ("1.0e+3", 1000),
+        ("+7", 7),
+        ("0x10", 16),
+    ],
+)
+def test_a_number_is_what_it_looks_like(write, text, value):
+    assert load_recipe(write(MINIMAL), [f"seed={text}"]).seed == value
+    assert type(load_recipe(write(MINIMAL), [f"seed={text}"]).seed) is int
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("seed=1:30", "seed: Input should be a number, found '1:30'"),  # YAML 1.1: 90
+        ("seed=true", "seed: Input should be a number, found True"),
+        ("seed='17'", "seed: Input should be a number, found '17'"),
+        ("seed=1_000", "seed: Input should be a number, found '1_000'"),
+        ("seed=1.5", "seed: "),
+        ("stages.translate.learning_rate=yes", "learning_rate: Input should be a number"),
+        ("stages.translate.learning_rate=true", "learning_rate: Input should be a number"),
+        ("stages.finetune.max_steps=1:00", "max_steps: Input should be a number, found '1:00'"),
+        ("tracking.enabled=1", "tracking.enabled: Input should be a valid boolean, found 1"),
+        ("tracking.enabled=yes", "tracking.enabled: Input should be a valid boolean, found 'yes'"),
+        ("model.gradient_checkpointing='false'", "valid boolean, found 'false'"),
+        ("seed=", "override 'seed=' has no value; give one, or null for none"),
+        ("max_hours= ", "has no value"),
+        ("output_dir=''", "output_dir: Input should be a path, found ''"),
+        ("output_dir=5", "output_dir: Input should be text, found 5"),
+        ("model.revision=123", "model.revision: Input should be a valid string, found 123"),
+        ("output_dir=$S2T2_UNSET/x", "the environment variable S2T2_UNSET is not set"),
+        ("deepspeed=${S2T2_UNSET}/x", "the environment variable S2T2_UNSET is not set"),
+        ("output_dir=~nobody-of-that-name/x", "no home directory for ~nobody-of-that-name"),
+        ("tracking={uri: a, uri: b}", "the key uri twice"),
+    ],
+)
+def test_a_value_that_is_not_what_it_looks_like_is_named(write, override, named):
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(write(MINIMAL), [override])
+    assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("seed: 1\nseed: 2", "the key seed twice in one mapping; remove one (line 2)"),
+        ("model:\n  dtype: float32\n  'dtype': bfloat16", "the key dtype twice"),
+        ("stages:\n- max_steps: 1\n  kind: finetune\n  max_steps: 2", "max_steps twice"),
+        ("max_hours:\nseed: 3", "no value after max_hours; give one, or null for none (line 1)"),
+        ("? [a]\n: 1", "a key that is a list or a mapping (line 1)"),
+        ("seed: " + "1" * 5000, "not YAML"),
+        ("[" * 3000, "nested too deeply"),
+        ("seed: 1\n---\nseed: 2", "not YAML"),
+        ("seed: !!python/object:os.system 1", "not YAML"),
+    ],
+)
+def test_a_file_that_yaml_would_read_in_silence_is_refused(write, text, named):
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(write(text))
+    assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_date_is_text_and_null_is_none(write):
+    recipe = load_recipe(write(MINIMAL), ["tracking.experiment=2026-11-27", "max_hours=null"])
+    assert recipe.tracking.experiment == "2026-11-27" and recipe.max_hours is None
+
+
+def test_paths_are_expanded_everywhere(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    overrides = [
+        "output_dir=~/runs/x",
+        "model.model_name_or_path=$SCRATCH/model",
+        "data.path=${SCRATCH}/data",
+        "data.tokenizer=~/tokenizer",
+        "deepspeed=$HOME/ds.json",
+        "stages.translate.source_tokens=~/ids.txt",
+        "stages.translate.source_marginal=$SCRATCH/source",
+        "stages.finetune.translation=~/translation",
+        "tracking.uri=sqlite:///$HOME/mlflow.db",
+    ]
+    values = recipe_values(load_recipe(write(MINIMAL), overrides))
+    assert "~" not in str(values) and "$" not in str(values)
+    assert values["output_dir"] == "/home/ada/runs/x"
+    assert values["stages"][0]["source_marginal"] == "/scratch/source"
+    assert values["tracking"]["uri"] == "sqlite:////home/ada/mlflow.db"
+
+
+@pytest.mark.parametrize(
+    "text", ["1e3", "010", "1:30", "0o7", "yes", "~x", "null", "2026-11-27", "", "1.", "a: b", "é"]
+)
+def test_what_is_written_is_read_again(text):
+    """By this reader and by any of YAML 1.1."""
+    written = yaml12.dump({"key": text})
+    assert yaml12.parse(written) == yaml.safe_load(written) == {"key": text}
+
+
+@pytest.mark.parametrize("value", [1e16, 2e-5, 1.0, 3, True, None, [1, {"a": 2.5e-300}]])
+def test_values_are_read_as_they_were_written(value):
+    written = yaml12.dump({"key": value})
+    found = yaml12.parse(written)["key"]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "written"),
+    [
+        ("https://ada:s3cret@host:5000/x", "https://host:5000/x"),
+        ("http://s3cret@host", "http://host"),
+        ("https://a:s3cret@@x@host/p@q", "https://host/p@q"),
+        ("postgresql://ada:s3cret@db/mlflow", "postgresql://ada@db/mlflow"),
+        ("mysql+pymysql://ada:s3cret@db/m?charset=utf8", "mysql+pymysql://ada@db/m?charset=utf8"),
+        ("postgresql://db/m?user=a&password=s3cret", "postgresql://db/m?user=a&password=***"),
+        ("http://host/?token=s3cret", "http://host/?token=***"),
+        ("sqlite:////home/ada/mlflow.db", "sqlite:////home/ada/mlflow.db"),
+        ("https://host:5000", "https://host:5000"),
+    ],
+)
+def test_a_password_is_used_and_never_written(write, uri, written):
+    recipe = load_recipe(write(MINIMAL), [f"tracking.uri={uri}"])
+    assert recipe.tracking.uri == uri
+    assert recipe_values(recipe)["tracking"]["uri"] == written
+    assert "s3cret" not in f"{recipe!r} {recipe} {recipe.model_dump()} {recipe.model_dump_json()}"
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(write(MINIMAL), [f"tracking.uri={uri}", f"tracking.uri.x={uri}"])
+    assert "s3cret" not in str(caught.value.lines)
+
+
+def test_a_password_of_a_wrong_recipe_is_not_printed(write):
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(write(MINIMAL), ["tracking={uri: https://a:s3cret@h, experiment: 5}"])
+    assert "s3cret" not in caught.value.lines[0]
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(write(MINIMAL), ["tracking.url=https://a:s3cret@h"])
+    assert "s3cret" not in caught.value.lines[0]

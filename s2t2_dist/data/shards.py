@@ -84,7 +84,11 @@ def require_tokenizer(metadata: dict, tokenizer_dir: Path | str) -> None:
 
 
 def _verify_files(directory: Path, manifest: dict, hashes: bool) -> None:
-    """Check the files; an error about a shard says which rows are in it."""
+    """Check the files; an error about a shard says which rows are in it.
+
+    Args:
+        hashes: of the shards too; all other files are small, and always hashed.
+    """
     rows_of = {}
     for split, held in manifest.get("splits", {}).items():
         first = 0
@@ -93,7 +97,7 @@ def _verify_files(directory: Path, manifest: dict, hashes: bool) -> None:
             first += shard["rows"]
     for name, entry in manifest["files"].items():
         try:
-            artifacts.verify_file(directory / name, entry, hashes)
+            artifacts.verify_file(directory / name, entry, hashes or name not in rows_of)
         except ArtifactError as error:
             raise ArtifactError(f"{error}{rows_of.get(name, '')}") from None
 

@@ -58,7 +58,7 @@ def init_distributed(timeout: float) -> torch.device:
     Args, Raises: see `comm.join`.
     """
     _quiet()
-    if "RANK" not in os.environ:
+    if not comm.is_launched():
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
@@ -78,6 +78,20 @@ def init_distributed(timeout: float) -> torch.device:
     # Otherwise the groups that DeepSpeed creates would have torch's default timeout.
     deepspeed.comm.comm.cdb.new_group = partial(comm.new_group, timeout)
     return torch.device(accelerator.current_device_name())
+
+
+def compile_lock() -> str | None:
+    """What to say of a lock under which another process compiles an operator; None without one.
+
+    PyTorch waits for it without a word and without an end.
+    """
+    default = Path.home() / ".cache" / "torch_extensions"
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))
+    lock = next((path for path in folder.rglob("lock") if path.is_file()), None)
+    if lock is None:
+        return None
+    host = socket.gethostname()
+    return f"{host} waits while a process compiles ({lock}); if none does, remove that file"
 
 
 def load_settings(path: Path) -> dict:

@@ -127,8 +127,8 @@ class WeightFiles:
         """Open the header of every file.
 
         Raises:
-            ArtifactError: a file is missing, truncated, or lacks one of its tensors; the message
-                names the first such file.
+            ArtifactError: a file is missing, truncated, or lacks one of its tensors (the message
+                names the first such file); or the embedding does not have `vocab_size` rows.
         """
         for file in sorted(set(self.file_of.values())):
             held = _tensor_names(self.folder / file)

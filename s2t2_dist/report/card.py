@@ -12,19 +12,22 @@ _STARTS = {
 }
 
 
-def model_card(name: str, recipe: Recipe, data_manifest: dict, evaluation: Evaluation) -> str:
+def model_card(
+    name: str, recipe: Recipe, data_manifest: dict, evaluation: Evaluation, from_hub: bool
+) -> str:
     """Markdown with the front matter that the Hugging Face hub reads.
 
     Args:
         name: title of the card: the folder's name.
         data_manifest: manifest of the data folder of the run.
         evaluation: of the exported weights, on the validation split.
+        from_hub: whether the base model's name is one of the hub, not of a folder.
     """
     validation = data_manifest["splits"]["validation"]
-    return f"""{_front_matter(recipe)}
+    return f"""{_front_matter(recipe, from_hub)}
 # {name}
 
-{_base(recipe)}
+{_base(recipe, from_hub)}
 
 ## Use
 
@@ -71,21 +74,20 @@ of both apply**. Check them before you publish or use it.
 """
 
 
-def _front_matter(recipe: Recipe) -> str:
+def _front_matter(recipe: Recipe, from_hub: bool) -> str:
     lines = ["library_name: transformers", "pipeline_tag: text-generation", "license: other"]
-    base = recipe.model.model_name_or_path
-    if base and not Path(base).exists() and base.count("/") == 1:
-        lines.append(f"base_model: {base}")
+    if from_hub:
+        lines.append(f"base_model: {recipe.model.model_name_or_path}")
     lines.append("tags: [s2t2, token-translation]")
     return "\n".join(["---", *lines, "---"])
 
 
-def _base(recipe: Recipe) -> str:
+def _base(recipe: Recipe, from_hub: bool) -> str:
     base = recipe.model.model_name_or_path
     if base is None:
         return f"An {recipe.model.model_type} language model, trained from random weights."
     revision = f", revision `{recipe.model.revision}`" if recipe.model.revision else ""
-    name = Path(base).name if Path(base).exists() else base
+    name = base if from_hub else Path(base).name
     return (
         f"`{name}`{revision}, moved to another domain by sparse Sinkhorn token translation "
         "(Feng et al., *Adapting Language Models via Token Translation*, 2024) with s2t2-dist."

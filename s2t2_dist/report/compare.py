@@ -4,7 +4,7 @@ Bits per byte compare across tokenizers; perplexity per token does not (paper, s
 """
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 
@@ -15,10 +15,12 @@ from rich.text import Text
 
 from s2t2_dist import artifacts
 from s2t2_dist.config import METHODS, Finetune, Pretrain, Stage, Translate
+from s2t2_dist.errors import DataError
 from s2t2_dist.lm.translation import Translation
 from s2t2_dist.report.figure import draw
 from s2t2_dist.report.runs import FinishedRun, read_runs, uniform_bits, unigram_bits
 from s2t2_dist.report.translation import summarize
+from s2t2_dist.run.tracking import attach
 
 TABLE_JSON, TABLE_MD, FIGURE = "table.json", "table.md", "figure.png"
 NOTES = (
@@ -67,9 +69,10 @@ def compare(run_dirs: list[Path], out: Path) -> Group:
 
     Raises:
         ArtifactError: a run is not done.
-        DataError: the runs have different text.
+        DataError: the runs have different text, or one is given twice.
     """
-    runs = read_runs(run_dirs)
+    _require_different(run_dirs)
+    runs = _with_names(read_runs(run_dirs))
     rows = make_rows(runs)
     best = best_new(rows)
     out.mkdir(parents=True, exist_ok=True)
@@ -83,7 +86,26 @@ def compare(run_dirs: list[Path], out: Path) -> Group:
     artifacts.write_text(out / TABLE_MD, markdown(rows, best))
     guesses = dict(zip(("uniform", "unigram"), map(_bits, rows), strict=False))
     draw(out / FIGURE, _named(runs), guesses)
+    files = [out / name for name in (TABLE_MD, TABLE_JSON, FIGURE)]
+    all(attach(path, files) for path in run_dirs)  # up to the first failure, of which a line tells
     return terminal_tables(rows, best)
+
+
+def _require_different(run_dirs: list[Path]) -> None:
+    places = [path.resolve() for path in run_dirs]
+    for number, place in enumerate(places):
+        if place in places[:number]:
+            raise DataError(f"{run_dirs[number]} is given twice; give each run once")
+
+
+def _with_names(runs: list[FinishedRun]) -> list[FinishedRun]:
+    """The runs, with so much of their path as a name that each has another."""
+    parts = [run.path.resolve().parts for run in runs]
+    length = 1
+    while len({path[-length:] for path in parts}) < len(parts):
+        length += 1
+    names = ["/".join(path[-length:]) for path in parts]
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
 def make_rows(runs: list[FinishedRun]) -> list[Row]:
@@ -204,12 +226,19 @@ def markdown(rows: list[Row], best: Row | None) -> str:
     lines = ["| | run | " + " | ".join(titles) + " |"]
     lines.append("|---|---|" + "---:|" * len(COLUMNS))
     for row in rows:
-        cells = [row.label, row.run or "", *_cells(row)]
+        cells = [_escaped(row.label), _escaped(row.run or ""), *_cells(row)]
         if row is best:
             cells = [f"**{cell}**" if cell else "" for cell in cells]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Bold: the best use of the new tokenizer.", "", *(f"- {note}" for note in NOTES)]
     return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    """Text in a cell of a Markdown table."""
+    for mark in ("\\", "|", "*", "`", "<"):
+        text = text.replace(mark, f"\\{mark}")
+    return " ".join(text.split())
 
 
 def terminal_tables(rows: list[Row], best: Row | None) -> Group:

@@ -15,12 +15,18 @@ from s2t2_dist.lm.folder import WeightFiles
 
 
 def score(
-    model_dir: Path, data_dir: Path, split: str, batch_size: int, dtype: str | None = None
+    model_dir: Path,
+    data_dir: Path,
+    split: str,
+    batch_size: int,
+    dtype: str | None = None,
+    document_mask: bool = False,
 ) -> Evaluation:
     """Evaluate a model folder on every row of a split, on a GPU if there is one.
 
     Args:
         dtype: of weights and activations, `bfloat16` or `float32`; default: as stored.
+        document_mask: keep the documents of a row apart, as the recipe's `data.document_mask`.
 
     Raises:
         ArtifactError: not a model folder, or its weights cannot be read, are missing or give
@@ -50,11 +56,13 @@ def score(
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(f"Evaluating {split}", total=len(reader))
 
-        def logits(input_ids_BT: torch.Tensor) -> torch.Tensor:
+        def logits(
+            input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor | None = None
+        ) -> torch.Tensor:
             progress.advance(task, len(input_ids_BT))
-            return lm(input_ids_BT).logits
+            return lm(input_ids_BT, position_ids=position_ids_BT, use_cache=False).logits
 
-        found = evaluate(logits, reader, batch_size, device)
+        found = evaluate(logits, reader, batch_size, device, document_mask=document_mask)
     if not math.isfinite(found.nats):
         raise ArtifactError(
             f"{model_dir} gives logits that are not finite; see which tensors with "

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from s2t2_dist.config import Translate
@@ -70,7 +71,7 @@ def _draw_curves(axes: Axes, runs: dict[str, FinishedRun], baselines: dict[str, 
     floor, ceiling = list(baselines.values()), list(baselines.values())
     for (label, run), colour in zip(runs.items(), itertools.cycle(COLOURS), strict=False):
         points = _draw_run(axes, run, colour)
-        ending = f"{label}: {points[-1]:.3f}"
+        ending = f"{drawable(label)}: {points[-1]:.3f}"
         axes.plot([], [], "o-", color=colour, label=ending, markeredgecolor="white")
         floor.append(min(points))
         ceiling.append(min(points[0], HIGHEST * max(baselines.values())))
@@ -85,6 +86,14 @@ def _draw_curves(axes: Axes, runs: dict[str, FinishedRun], baselines: dict[str, 
     axes.set_title("Training loss (line: moving average) and validation (dots)")
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.legend(loc="upper right")
+
+
+def drawable(text: str) -> str:
+    """Text as the figure's font can draw it: other characters as their code, and no mathematics."""
+    font = get_font(findfont(FontProperties()))
+    known = font.get_charmap()
+    parts = (char if ord(char) in known else f"U+{ord(char):04X}" for char in text)
+    return "".join(parts).replace("$", "\\$")
 
 
 def _draw_run(axes: Axes, run: FinishedRun, colour: str) -> list[float]:

@@ -6,11 +6,13 @@ from functools import cached_property
 from pathlib import Path
 
 from s2t2_dist import artifacts
-from s2t2_dist.config import Finetune, Recipe, Stage, Translate, load_recipe
+from s2t2_dist.config import Finetune, Recipe, Stage, Translate
 from s2t2_dist.errors import ArtifactError, DataError
+from s2t2_dist.lm.inputs import recorded_recipe, require_recipe, require_unchanged
 from s2t2_dist.lm.translation import TRANSLATION_DIR, Translation, load_translation
-from s2t2_dist.run.tracking import METRICS, read_metrics
+from s2t2_dist.run.metrics import METRICS, read_metrics, require_unaltered
 
+EVALUATION = {"eval_loss", "eval_perplexity", "eval_bits_per_byte"}
 AMINO_ACIDS = frozenset("ACDEFGHIKLMNPQRSTVWY")
 RARE_AMINO_ACIDS = frozenset("BJOUXZ")
 
@@ -22,16 +24,14 @@ class FinishedRun:
     Attributes:
         data: manifest of its data folder.
         metrics: lines of its `metrics.jsonl`.
+        name: of its directory, or more of its path.
     """
 
     path: Path
     recipe: Recipe
     data: dict
     metrics: list[dict]
-
-    @property
-    def name(self) -> str:
-        return self.path.resolve().name
+    name: str
 
     def lines(self, index: int) -> list[dict]:
         """The metrics of one stage, in the order of its steps."""
@@ -39,7 +39,7 @@ class FinishedRun:
 
     def evaluations(self, index: int) -> dict[int, dict]:
         """Step of the stage -> the line with the evaluation at this step."""
-        return {line["step"]: line for line in self.lines(index) if "eval_loss" in line}
+        return {line["step"]: line for line in self.lines(index) if line.keys() >= EVALUATION}
 
     def first_step(self, index: int) -> int:
         """Total optimizer steps of the stages before this one."""
@@ -74,19 +74,21 @@ def read_run(path: Path) -> FinishedRun:
         ArtifactError: not a run directory, or the run is not done.
         ConfigError: its config.yaml is not a recipe.
     """
-    if not (path / "config.yaml").is_file():
-        raise ArtifactError(
-            f"{path} is not a run directory (no config.yaml); give a run's output_dir"
-        )
+    recipe = recorded_recipe(path)
     status = artifacts.read_json(path / "status.json")
     if status.get("state") != "done":
         reason = f" ({status['reason']})" if "reason" in status else ""
         raise ArtifactError(
-            f"{path} is {status.get('state')}{reason}, not done; "
+            f"{path} is {status.get('state') or 'in no known state'}{reason}, not done; "
             f"s2t2 train {path / 'config.yaml'} resumes it"
         )
-    recipe = load_recipe(path / "config.yaml")
-    run = FinishedRun(path, recipe, artifacts.read_manifest(recipe.data.path), read_metrics(path))
+    sha256 = status.get("metrics_sha256")
+    require_unaltered(path / METRICS, None, sha256 if isinstance(sha256, str) else None)
+    require_recipe(path, recipe)
+    translations = (f"stages.{stage.name}.translation" for stage in recipe.stages)
+    require_unchanged(path, recipe, "data", *translations)
+    data, name = artifacts.read_manifest(recipe.data.path), path.resolve().name
+    run = FinishedRun(path, recipe, data, read_metrics(path), name)
     for index, stage in enumerate(recipe.stages):
         if not {0, stage.max_steps} <= run.evaluations(index).keys():
             raise ArtifactError(

@@ -1,5 +1,6 @@
 """Fault tolerance: run directory, checkpoints, metrics, detection of lost ranks, clean stops.
 
-Read `directory`, `checkpoint`, `reshard` (another number of ranks), `tracking` (metrics.jsonl and
-MLflow), `heartbeat`, `stopping`, `progress`.
+Read `directory`, `identity` (inputs.json), `checkpoint`, `reshard` (another number of ranks),
+`metrics` (metrics.jsonl), `tracking` (MLflow), `link` (mlflow.json), `store`, `heartbeat`,
+`stopping`, `output`, `progress`.
 """

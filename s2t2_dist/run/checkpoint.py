@@ -11,6 +11,7 @@ A checkpoint is loaded only after every file in it has been verified against the
 
 import contextlib
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -39,6 +40,7 @@ class Position:
     step: int
     world_size: int
     metrics_bytes: int  # length of metrics.jsonl at this point
+    metrics_sha256: str | None = None  # of these bytes; none in checkpoints of version 0.1.0
 
 
 @dataclass(frozen=True)
@@ -183,10 +185,28 @@ def _set_aside(choice: Choice) -> None:
     """Rename the damaged checkpoints and log why, and which one is used instead."""
     used = choice.path.name
     for path, problem in choice.damaged.items():
-        aside = path.with_name(f".damaged-{path.name}")
-        _remove(aside)
-        path.rename(aside)
+        aside = _rename(path)
         _log.warning("resuming from %s because %s; kept as %s", used, problem, aside.name)
+
+
+def _rename(path: Path) -> Path:
+    aside = path.with_name(f".damaged-{path.name}")
+    _remove(aside)
+    path.rename(aside)
+    return aside
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a sealed result is there, unaltered; a damaged one is set aside, with a line."""
+    if not os.path.lexists(path):
+        return False
+    try:
+        artifacts.verify(path)
+    except ArtifactError as error:
+        aside = _rename(path)
+        _log.warning("%s; kept as %s; it is made again", error, aside.name)
+        return False
+    return True
 
 
 def _candidates(run_dir: Path) -> list[Path]:
@@ -222,7 +242,13 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 def _position(path: Path) -> Position:
     manifest = artifacts.read_manifest(path)
-    return Position(**{key: manifest[key] for key in Position.__dataclass_fields__})
+    found = {key: manifest[key] for key in Position.__dataclass_fields__ if key in manifest}
+    if not all(isinstance(value, Position.__annotations__[key]) for key, value in found.items()):
+        raise ArtifactError(f"{path / artifacts.MANIFEST} is not the manifest of a checkpoint")
+    try:
+        return Position(**found)
+    except TypeError:
+        raise ArtifactError(f"{path / artifacts.MANIFEST} lacks a key of a checkpoint") from None
 
 
 def _remove_old(run_dir: Path, keep: int, keep_steps: int | None) -> None:
@@ -233,11 +259,19 @@ def _remove_old(run_dir: Path, keep: int, keep_steps: int | None) -> None:
 
 def _remove(path: Path) -> None:
     """Remove a checkpoint; if killed in the middle, leave nothing that looks like a checkpoint."""
-    if path.exists():
+    if os.path.lexists(path):
         doomed = path.with_name(f".tmp-removed-{path.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
+        _delete(doomed)
         path.rename(doomed)
-        shutil.rmtree(doomed)
+        _delete(doomed)
+
+
+def _delete(path: Path) -> None:
+    """Remove a folder, or a file or a link in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _clear_temporary(directory: Path) -> None:
@@ -246,7 +280,10 @@ def _clear_temporary(directory: Path) -> None:
     The converter of a killed job may still be writing into its copy, so errors are ignored there.
     """
     for path in directory.glob(".tmp-*"):
-        shutil.rmtree(path, ignore_errors=path.name.startswith(CONVERTED))
+        if path.name.startswith(CONVERTED):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            _delete(path)
 
 
 def _with_clear_error(step: Callable[[], T], target: Path) -> T:

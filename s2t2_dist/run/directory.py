@@ -1,8 +1,8 @@
 """A run directory: the recipe and inputs it was started with, its lock and its status.
 
-`config.yaml` holds the resolved recipe. `inputs.json` holds hashes and sizes of the files that the
-recipe names. If both are unchanged, a start resumes the run; otherwise it is refused. Rank 0 holds
-`.lock` while a job runs.
+`config.yaml` holds the resolved recipe, `inputs.json` the hashes of its inputs (see `identity`). If
+both are unchanged, a start resumes the run; otherwise it is refused. A path in the recipe may
+change: it is the content behind it that counts. Rank 0 holds `.lock` while a job runs.
 """
 
 import errno
@@ -12,21 +12,21 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import TextIO
 
-import yaml
-
-from s2t2_dist import artifacts
-from s2t2_dist.config import Recipe, changed_keys, recipe_values
-from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error
+from s2t2_dist import artifacts, yaml12
+from s2t2_dist.config import Recipe, changed_keys, load_recipe, recipe_values
+from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error, without_secrets
+from s2t2_dist.run import identity
+from s2t2_dist.run.identity import INPUTS
 
 STATUS = "status.json"
+STATES = ("running", "preempted", "failed", "done")
 CONFIG = "config.yaml"
-INPUTS = "inputs.json"
 LOCK = ".lock"
 # Recipe keys that cannot change a result, besides `save_steps` of each stage.
 FREE_KEYS = (
@@ -40,6 +40,17 @@ FREE_KEYS = (
     "heartbeat_timeout",
 )
 
+# Keys of inputs that are paths; two of them may be names instead.
+PATH_KEYS = (
+    "path",
+    "deepspeed",
+    "model_name_or_path",
+    "translation",
+    "source_tokens",
+    "source_marginal",
+)
+NAMES = {"source_tokens": ("all", "bytes"), "source_marginal": ("uniform",)}
+
 _log = logging.getLogger(__name__)
 
 
@@ -52,12 +63,11 @@ def claimed(run_dir: Path, recipe: Recipe, inputs: dict, resume: str) -> Iterato
     check(run_dir, recipe, inputs, resume)
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir):
-        if not (run_dir / CONFIG).exists():
-            artifacts.write_json(run_dir / INPUTS, inputs)
-        # Written last, because it makes this a run directory. Rewritten at each start, because
-        # the keys in FREE_KEYS may change.
+        identity.write(run_dir, inputs)
+        # Written last, because it makes this a run directory. Both are rewritten at each start,
+        # because paths and the keys in FREE_KEYS may change.
         values = recipe_values(recipe)
-        artifacts.write_text(run_dir / CONFIG, yaml.safe_dump(values, sort_keys=False))
+        artifacts.write_text(run_dir / CONFIG, yaml12.dump(values))
         yield
 
 
@@ -89,49 +99,40 @@ def check_unlocked(run_dir: Path) -> None:
             _take(lock, run_dir, fcntl.LOCK_SH)
 
 
-def identify_inputs(
-    data_dir: Path, deepspeed: dict, model_dir: Path | None, others: Iterable[str] = ()
-) -> dict:
-    """Hashes and sizes that identify the files of a recipe, without reading large files.
-
-    Args:
-        model_dir: the base model; None if the run starts from a config.
-        others: files and data directories that stages read; anything else is ignored.
-    """
-    inputs = {
-        "data manifest sha256": artifacts.sha256_file(data_dir / artifacts.MANIFEST),
-        "deepspeed settings sha256": artifacts.sha256_json(deepspeed),
-    }
-    if model_dir is not None:
-        inputs["model config.json sha256"] = artifacts.sha256_file(model_dir / "config.json")
-        weights = {path.name: path.stat().st_size for path in model_dir.glob("*.safetensors")}
-        inputs["model weight files (bytes)"] = weights
-    for path in map(Path, others):
-        file = path / artifacts.MANIFEST if path.is_dir() else path
-        if file.is_file():
-            inputs[f"{path} sha256"] = artifacts.sha256_file(file)
-    return inputs
-
-
 def read_state(run_dir: Path) -> str | None:
-    """The state in a run's `status.json`: running, preempted, failed or done."""
+    """The state in a run's `status.json`: running, preempted, failed or done.
+
+    None if there is no such file, or none that can be read: the checkpoints then say where the run
+    stands, and one line says so.
+    """
     path = run_dir / STATUS
-    return artifacts.read_json(path)["state"] if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        state = artifacts.read_json(path).get("state")
+    except ArtifactError as error:
+        state, problem = None, error
+    else:
+        problem = f"{path} has the state {state!r}"
+    if state in STATES:
+        return state
+    _log.warning("%s; the checkpoints say where the run stands", problem)
+    return None
 
 
 def write_status(run_dir: Path, state: str, **more: object) -> None:
     """Replace `status.json`. On rank 0 only."""
     where = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+    more = {k: without_secrets(v) if isinstance(v, str) else v for k, v in more.items()}
     artifacts.write_json(run_dir / STATUS, {"state": state, **more, **where})
 
 
 def record_loss(run_dir: Path, reason: str) -> None:
     """Record the loss of a rank, if `status.json` is still the one that this process wrote."""
-    path = run_dir / STATUS
-    if path.exists():
-        found = artifacts.read_json(path)
-        mine = (found["host"], found["pid"]) == (socket.gethostname(), os.getpid())
-        if mine and found["state"] in ("running", "failed"):
+    with suppress(ArtifactError):
+        found = artifacts.read_json(run_dir / STATUS)
+        mine = (found.get("host"), found.get("pid")) == (socket.gethostname(), os.getpid())
+        if mine and found.get("state") in ("running", "failed"):
             write_status(run_dir, "failed", reason=reason)
 
 
@@ -139,7 +140,7 @@ def check(run_dir: Path, recipe: Recipe, inputs: dict, resume: str) -> None:
     """Check that a run may start or resume in a directory. Writes nothing.
 
     Args:
-        inputs: from `identify_inputs`.
+        inputs: from `identity.identify`.
         resume: `auto`, `never` or the path of a checkpoint, as in `start.run`.
 
     Raises:
@@ -162,28 +163,86 @@ def check(run_dir: Path, recipe: Recipe, inputs: dict, resume: str) -> None:
         return
     if resume == "never":
         raise ConfigError(f"{run_dir} holds a run and --resume is never; choose another output_dir")
-    old = _decisive(yaml.safe_load(config.read_text(encoding="utf-8")))
-    changes = changed_keys(old, _decisive(recipe_values(recipe)))
-    if changes:
+    found = changed_keys(_decisive(_values(config)), _decisive(recipe_values(recipe)))
+    if found:
         raise ConfigError(
-            f"{run_dir} was started with another recipe ({'; '.join(changes)}); "
+            f"{run_dir} was started with another recipe ({'; '.join(found)}); "
             "undo the change or choose another output_dir"
         )
-    changes = changed_keys(artifacts.read_json(run_dir / INPUTS), inputs)
-    if changes:
+    old = identity.read(run_dir)["inputs"]
+    if any(entry.get("partial") for entry in old.values()):
+        _log.warning("%s is of an earlier version: its weights are compared by size", run_dir)
+    found = identity.differences(old, inputs)
+    if found:
         raise ConfigError(
-            f"{run_dir} was started with other files ({'; '.join(changes)}); "
+            f"{run_dir} was started with other files ({'; '.join(found)}); "
             "restore them or choose another output_dir"
         )
 
 
+def _values(config: Path) -> dict:
+    """The keys of a `config.yaml`, which may be of an earlier version.
+
+    Raises:
+        ArtifactError: it is not what a start wrote.
+    """
+    try:
+        values = yaml12.parse(config.read_text(encoding="utf-8"))
+        kinds = {"model": dict, "data": dict, "stages": list}
+        if all(isinstance(values[key], kind) for key, kind in kinds.items()) and all(
+            isinstance(stage, dict) for stage in values["stages"]
+        ):
+            return values
+        problem = "it lacks a part of a recipe"
+    except (ConfigError, UnicodeDecodeError) as error:
+        problem = str(error)
+    except (KeyError, TypeError):
+        problem = "it holds no recipe"
+    raise ArtifactError(
+        f"{config} is damaged ({problem}); restore it, or start again in a new output_dir"
+    )
+
+
+def read_recipe(run_dir: Path) -> Recipe:
+    """The recipe of a run, as it was started the last time.
+
+    Raises:
+        ArtifactError: not a run directory.
+        ConfigError: its config.yaml is not a recipe.
+    """
+    if not (run_dir / CONFIG).is_file():
+        raise ArtifactError(
+            f"{run_dir} is not a run directory (no {CONFIG} in it); give a run's output_dir"
+        )
+    return load_recipe(run_dir / CONFIG)
+
+
+def is_path(key: str, value: object) -> bool:
+    """Whether a recipe's value is the path of an input; `source_tokens` may be `all`."""
+    return value is not None and value not in NAMES.get(key, ())
+
+
+def changes(old: Recipe, new: Recipe) -> list[str]:
+    """`key: old -> new` for everything that can change a result and differs."""
+    return changed_keys(_decisive(recipe_values(old)), _decisive(recipe_values(new)))
+
+
 def _decisive(values: dict) -> dict:
-    """A resolved recipe without the keys that cannot change a result; a resume may change those."""
+    """A resolved recipe without what cannot change a result; a resume may change that.
+
+    Of a path it is known that there is one: `inputs.json` knows what it leads to.
+    """
     values = deepcopy(values)
     for key in FREE_KEYS:
         values.pop(key, None)
     for stage in values["stages"]:
         stage.pop("save_steps", None)
+    values["data"].pop("tokenizer", None)
+    values["model"].pop("revision", None)
+    for mapping in (values, values["data"], values["model"], *values["stages"]):
+        for key in PATH_KEYS:
+            if key in mapping and is_path(key, mapping[key]):
+                mapping[key] = "a path"
     return values
 
 
@@ -199,9 +258,7 @@ def _take(lock: TextIO, run_dir: Path, kind: int) -> bool:
     try:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
-        lock.seek(0)
-        holder = json.loads(lock.read() or "{}")
-        pid, host = holder.get("pid", "unknown"), holder.get("host", "unknown")
+        pid, host = _holder(lock)
         raise S2T2Error(
             f"{run_dir} is in use by process {pid} on {host}; wait until it is done, or stop it "
             f"there (kill {pid}) and start again"
@@ -212,3 +269,14 @@ def _take(lock: TextIO, run_dir: Path, kind: int) -> bool:
         _log.warning("%s cannot be locked (%s): do not start a second job in it", run_dir, error)
         return False
     return True
+
+
+def _holder(lock: TextIO) -> tuple[object, object]:
+    """The process and the host that a lock file names."""
+    holder = {}
+    with suppress(ValueError):
+        lock.seek(0)
+        holder = json.loads(lock.read())
+    if not isinstance(holder, dict):
+        holder = {}
+    return holder.get("pid", "unknown"), holder.get("host", "unknown")

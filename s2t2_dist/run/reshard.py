@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from s2t2_dist.comm import Comm, agree
+from s2t2_dist.comm import RANK_VARIABLES, Comm, agree
 from s2t2_dist.errors import S2T2Error
 from s2t2_dist.run.checkpoint import CONVERTED
 
@@ -22,8 +22,6 @@ ENGINE_DIR = "engine"
 CONVERTER = "deepspeed.checkpoint.ds_to_universal"
 WORKERS = 2
 POLL_SECONDS = 0.2
-# Removed from the converter's environment: it is not a rank of the job.
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @contextmanager
@@ -44,6 +42,8 @@ def converted(checkpoint: Path, comm: Comm) -> Iterator[Path]:
     first = comm.rank == 0
     started = time.monotonic()
     process = None
+    if first:
+        print(f"converting {checkpoint.name} to {comm.size} ranks", flush=True)
     try:
         process = agree(comm, lambda: _start(checkpoint, copy) if first else None, "converting")
         while _running(process, comm):
@@ -66,6 +66,7 @@ def _start(checkpoint: Path, copy: Path) -> subprocess.Popen:
     folders = {"--input_folder": checkpoint / ENGINE_DIR, "--output_folder": copy / ENGINE_DIR}
     workers = {"--num_extract_workers": WORKERS, "--num_merge_workers": WORKERS}
     options = [str(word) for pair in (folders | workers).items() for word in pair]
+    # The converter is not a rank of the job.
     environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
     with (copy / "log").open("w") as log:
         return subprocess.Popen(

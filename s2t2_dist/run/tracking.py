@@ -1,4 +1,4 @@
-"""Metrics: an append-only `metrics.jsonl`, and MLflow fed from it. The only importer of `mlflow`.
+"""MLflow, fed from `metrics.jsonl`. The only importer of `mlflow`.
 
 The file is the source of truth and the spool: rank 0 appends one line per step. A daemon thread
 sends the lines to MLflow and records the last one that arrived. A slow, hung or dead server
@@ -12,126 +12,86 @@ or may not have been executed:
   the rest unchanged;
 - if the first request is executed after that, its points are exact duplicates, timestamps
   included, and MLflow's database ignores them.
+
+What a response brought is kept, so that a server that fails every second request delays the rest
+and stops nothing.
 """
 
-import json
 import logging
 import math
 import os
 import threading
 import time
-import uuid
 from pathlib import Path
 
-from s2t2_dist.artifacts import read_json, write_json
 from s2t2_dist.config import TrackingConfig
-from s2t2_dist.errors import ArtifactError
+from s2t2_dist.errors import ArtifactError, S2T2Error
+from s2t2_dist.run import link as links
+from s2t2_dist.run import store
+from s2t2_dist.run.metrics import METRICS, metric_values, parse_lines, position
 
-METRICS = "metrics.jsonl"
-LINK = "mlflow.json"
 SHIP_SECONDS = 2.0
 RETRY_SECONDS = 0.5
 CLOSE_SECONDS = 60.0
 BATCH_ITEMS = 1000  # MLflow's limit for one log_batch call
+PARAMS_IN_ONE = 100  # MLflow's limit of parameters in one call
 PARAM_CHARACTERS = 6000  # MLflow's limit for one parameter value
 RUN_KEY = "s2t2.run_key"  # tag that finds an MLflow run whose id was never recorded
-# MLflow's own retries would block the thread for minutes; the thread retries itself.
-HTTP = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "15", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-_KEYS = ("stage", "stage_index", "step", "time")
+IGNORED = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID")
 
 _log = logging.getLogger(__name__)
 
 
-class MetricsFile:
-    """`metrics.jsonl` of a run directory: one JSON object per line, one line per stage and step."""
-
-    def __init__(self, run_dir: Path):
-        self.path = run_dir / METRICS
-        self._file = self.path.open("ab")
-
-    def append(self, stage: str, stage_index: int, step: int, values: dict[str, float]) -> None:
-        """Write one line and flush it to the operating system. Non-finite values are left out."""
-        finite = {key: value for key, value in values.items() if math.isfinite(value)}
-        line = {"stage": stage, "stage_index": stage_index, "step": step, **finite}
-        line["time"] = round(time.time(), 3)
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
-
-    def sync(self) -> int:
-        """Flush to the device; returns the length in bytes, which a checkpoint records."""
-        os.fsync(self._file.fileno())
-        return self._file.tell()
-
-    def truncate(self, length: int) -> None:
-        """Remove the lines after a checkpoint: the resumed run writes them again.
-
-        Args:
-            length: bytes of the file at the checkpoint.
-
-        Raises:
-            ArtifactError: the file is shorter than that.
-        """
-        require_length(self.path, length)
-        self._file.truncate(length)
-        self._file.seek(0, os.SEEK_END)
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def require_length(path: Path, length: int) -> None:
-    """A `metrics.jsonl` still holds the lines that it held at a checkpoint.
-
-    Raises:
-        ArtifactError: it has fewer bytes than `length`.
-    """
-    found = path.stat().st_size if path.exists() else 0
-    if found < length:
-        raise ArtifactError(
-            f"{path} has {found} bytes, but had {length} when the checkpoint was written: "
-            "it was truncated or replaced; restore it, or start again in a new output_dir"
-        )
-
-
-def read_metrics(run_dir: Path) -> list[dict]:
-    """Every complete line of a run's `metrics.jsonl`; empty if there is no file."""
-    path = run_dir / METRICS
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    return [json.loads(line) for line in lines]
-
-
 class MLflowShipper:
-    """Sends `metrics.jsonl` to one MLflow run from a daemon thread.
-
-    `mlflow.json` in the run directory holds:
-
-    - the tracking URI and the run id;
-    - `shipped`: the last (stage index, step) that the server acknowledged;
-    - `sending`: lines whose response is missing;
-    - `status`: the status last set in MLflow.
+    """Sends `metrics.jsonl` to one MLflow run from a daemon thread; `link` says what is recorded.
 
     A failed call is retried. Lines that a job could not send are sent by the next job in the same
     run directory, or by `s2t2 track`.
 
     Args:
         params: flat parameters, logged once when the MLflow run is created.
+        files: files of the run directory that become artifacts, where they are there.
+
+    Attributes:
+        problem: what ended it for good, with what to do; None if it may still succeed.
     """
 
-    def __init__(self, run_dir: Path, tracking: TrackingConfig, params: dict[str, str]):
+    def __init__(
+        self,
+        run_dir: Path,
+        tracking: TrackingConfig,
+        params: dict[str, str],
+        files: tuple[str, ...] = (),
+    ):
         self.run_dir = run_dir
-        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking.uri or default_uri()
-        self.experiment = tracking.experiment
-        self.params = params
+        self.params, self.files = params, files
+        try:
+            known = links.read(run_dir)
+        except ArtifactError:
+            known = None
+        self.store = store.choose(tracking.uri, known)
+        self.experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or tracking.experiment
+        for name in filter(os.environ.get, IGNORED):
+            _log.warning("%s is ignored: a run directory keeps a run of its own", name)
+        self.problem: str | None = None
         self._stop = threading.Event()
         self._status = "FINISHED"
         self._deadline = math.inf
-        self._offset = 0
+        self._offset = self._lines = 0
         self._ended = False
-        os.environ.update({key: os.environ.get(key, value) for key, value in HTTP.items()})
+        self._client = None
+        self._link: dict = {}
+        self._absent = False  # whether the store surely has no run of this directory
+        self._open = False  # whether the MLflow run is set to RUNNING
+        self._had: dict[str, set[int]] = {}  # steps of `sending` that the server has, by key
+        store.limit_requests()
         self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
         self._thread.start()
+
+    @property
+    def uri(self) -> str:
+        """The store, without any password."""
+        return self.store.uri
 
     def close(self, status: str, seconds: float = CLOSE_SECONDS) -> bool:
         """Send the remaining lines and end the MLflow run; returns whether all of it arrived.
@@ -144,7 +104,7 @@ class MLflowShipper:
         self._deadline = time.monotonic() + seconds
         self._stop.set()
         self._thread.join(seconds)
-        if not self._ended:
+        if not self._ended and not self.problem:
             _log.warning(
                 "MLflow at %s did not accept everything in %.0f s; `s2t2 track %s` sends the rest",
                 self.uri,
@@ -160,121 +120,216 @@ class MLflowShipper:
 
     def _run(self) -> None:
         """Send until the run has ended; consecutive failures are logged once."""
-        connection, failing = None, False
+        failing = False
         while time.monotonic() < self._deadline:
-            ending = self._stop.wait(SHIP_SECONDS)
+            ending = self._stop.wait(RETRY_SECONDS if failing else SHIP_SECONDS)
             try:
-                connection = connection or self._connect()
-                self._ship(*connection)
+                self._connect()
+                self._ship()
                 if ending:
-                    self._terminate(*connection)
+                    self._terminate()
                     self._ended = True
                     return
                 failing = False
             except Exception as error:  # tracking must never end a training run
-                if not failing:
-                    reason = " ".join(str(error).split())[:200]
+                self.problem = self._final(error)
+                reason = self.problem or store.one_line(error)
+                if self.problem or not failing:
                     _log.warning("MLflow at %s: %s; metrics are in %s", self.uri, reason, METRICS)
+                if self.problem:
+                    return
                 failing = True
                 if ending:
                     time.sleep(RETRY_SECONDS)
 
-    def _connect(self) -> tuple:
-        """The client and the contents of `mlflow.json`, with the MLflow run set to RUNNING."""
-        from mlflow import MlflowClient
+    def _final(self, error: Exception) -> str | None:
+        """What was found and what to do, for an error that does not go away by itself."""
+        if isinstance(error, S2T2Error):  # a damaged file
+            return store.one_line(error)
+        advice = store.final(error, self._link, self.experiment)
+        then = f"then `s2t2 track {self.run_dir}`"
+        return advice and f"{store.one_line(error)}; {advice}; {then}"
+
+    def _connect(self) -> None:
+        """Reach the MLflow run, set to RUNNING. Each answer is kept, and its call not repeated."""
+        if self._client is None:
+            self._client = _client(self.store)
+        if not self._link:
+            self._link = links.open_link(self.run_dir, self.store)
+            links.save(self.run_dir, self._link)
+        if "run_id" not in self._link:
+            self._keep(run_id=self._make_run())
+        if not self._open:
+            self._client.update_run(self._link["run_id"], status="RUNNING")
+            self._open = True
+            self._keep(status="RUNNING")
+        self._log_params()
+        self._log_files()
+
+    def _keep(self, **values: object) -> None:
+        self._link |= values
+        links.save(self.run_dir, self._link)
+
+    def _make_run(self) -> str:
+        """The id of the MLflow run; creates it unless an unanswered request already did."""
+        from mlflow.tracking.context.registry import resolve_tags
+
+        client, key = self._client, self._link["run_key"]
+        if "experiment_id" not in self._link:
+            self._keep(experiment_id=self._make_experiment())
+        experiment_id = self._link["experiment_id"]
+        if not self._absent:
+            if made := client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{key}'"):
+                return made[0].info.run_id
+            self._absent = True
+        tags = resolve_tags() | {RUN_KEY: key}  # the user, the source, its git commit
+        try:
+            with store.without_retries():  # a second one, if the first got no answer
+                made = client.create_run(experiment_id, run_name=self.run_dir.name, tags=tags)
+        except Exception as error:
+            self._absent = store.not_executed(error)
+            raise
+        return made.info.run_id
+
+    def _make_experiment(self) -> str:
+        client, file = self._client, self.store.file
+        found = client.get_experiment_by_name(self.experiment)
+        if found is not None:
+            return found.experiment_id
+        # Beside the database; by default MLflow takes the working directory of the moment.
+        place = None if file is None else str(file.parent / "mlruns")
+        try:
+            return client.create_experiment(self.experiment, artifact_location=place)
+        except Exception:  # made by another process, or by a request without an answer
+            if found := client.get_experiment_by_name(self.experiment):
+                return found.experiment_id
+            raise
+
+    def _log_params(self) -> None:
         from mlflow.entities import Param
 
-        client = MlflowClient(tracking_uri=self.uri)
-        path = self.run_dir / LINK
-        link = read_json(path) if path.exists() else None
-        if link is None or link["uri"] != self.uri:
-            link = {"uri": self.uri, "run_key": uuid.uuid4().hex, "shipped": [-1, -1]}
-            write_json(path, link)
-        if "run_id" not in link:
-            link["run_id"] = self._make_run(client, link["run_key"])
-        client.update_run(link["run_id"], status="RUNNING")
-        write_json(path, {**link, "status": "RUNNING"})
-        if not link.get("params_logged"):
-            params = [Param(key, value[:PARAM_CHARACTERS]) for key, value in self.params.items()]
-            for start in range(0, len(params), 100):  # MLflow's limit for parameters in one call
-                client.log_batch(link["run_id"], params=params[start : start + 100])
-        link |= {"params_logged": True, "status": "RUNNING"}
-        write_json(path, link)
-        return client, link
+        if self._link.get("params_logged") is True:
+            return
+        params = [Param(key, value[:PARAM_CHARACTERS]) for key, value in self.params.items()]
+        for start in range(self._link.get("params_sent", 0), len(params), PARAMS_IN_ONE):
+            part = params[start : start + PARAMS_IN_ONE]
+            self._client.log_batch(self._link["run_id"], params=part)
+            self._keep(params_sent=start + len(part))
+        self._keep(params_logged=True)
 
-    def _make_run(self, client, run_key: str) -> str:
-        """The id of the MLflow run; creates it unless an unanswered request already did."""
-        experiment = client.get_experiment_by_name(self.experiment)
-        if experiment is None:
-            experiment_id = client.create_experiment(self.experiment)
-        else:
-            experiment_id = experiment.experiment_id
-        made = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{run_key}'")
-        if not made:
-            name, tags = self.run_dir.name, {RUN_KEY: run_key}
-            made = [client.create_run(experiment_id, run_name=name, tags=tags)]
-        return made[0].info.run_id
+    def _log_files(self) -> None:
+        """Send the files that are artifacts, once each; a store without artifacts is no reason."""
+        for name in self.files:
+            sent = self._link.get("artifacts", [])
+            if name in sent or not (self.run_dir / name).is_file():
+                continue
+            _try_artifact(self._client, self._link["run_id"], self.run_dir / name)
+            self._keep(artifacts=[*sent, name])
 
-    def _terminate(self, client, link: dict) -> None:
-        client.set_terminated(link["run_id"], status=self._status)
-        write_json(self.run_dir / LINK, {**link, "status": self._status})
+    def _terminate(self) -> None:
+        self._client.set_terminated(self._link["run_id"], status=self._status)
+        self._keep(status=self._status)
 
-    def _ship(self, client, link: dict) -> None:
+    def _ship(self) -> None:
         """Send the lines after `_offset`; advance it when all of them are acknowledged."""
-        self._settle(client, link)
+        self._settle()
         lines, offset = self._new_lines()
         batch: list[dict] = []
         items = 0
         for line in lines:
-            if _position(line) <= link["shipped"]:
+            if position(line) <= self._link["shipped"]:
                 continue
             if items + len(line) > BATCH_ITEMS:
-                self._send(client, link, batch)
+                self._send(batch)
                 batch, items = [], 0
             batch.append(line)
             items += len(line)
-        self._send(client, link, batch)
-        self._offset = offset
+        self._send(batch)
+        self._offset, self._lines = offset, self._lines + len(lines)
 
     def _new_lines(self) -> tuple[list[dict], int]:
         """The complete lines after `_offset`, and the offset of their end."""
-        with (self.run_dir / METRICS).open("rb") as f:
+        path = self.run_dir / METRICS
+        with path.open("rb") as f:
             f.seek(self._offset)
             complete, newline, _ = f.read().rpartition(b"\n")
-        lines = [json.loads(line) for line in complete.splitlines()]
+        lines = parse_lines(path, complete + newline, self._lines + 1)
         return lines, self._offset + len(complete) + len(newline)
 
-    def _send(self, client, link: dict, lines: list[dict]) -> None:
+    def _send(self, lines: list[dict]) -> None:
         """Send lines in one request, recorded in `sending` until the response arrives."""
-        if not lines:
-            return
-        link["sending"] = lines
-        write_json(self.run_dir / LINK, link)
-        self._log_points(client, link, had={})
+        if lines:
+            self._had = {name: set() for line in lines for name in metric_values(line)}
+            self._keep(sending=lines)
+            self._log_points()
 
-    def _settle(self, client, link: dict) -> None:
+    def _settle(self) -> None:
         """Send the points that did not arrive with a request whose response is missing."""
-        if "sending" not in link:
-            return
-        keys = {point.key for line in link["sending"] for point in _points(line)}
-        had = {
-            key: {point.step for point in client.get_metric_history(link["run_id"], key)}
-            for key in keys
-        }
-        self._log_points(client, link, had)
+        if "sending" in self._link:
+            self._log_points()
 
-    def _log_points(self, client, link: dict, had: dict[str, set[int]]) -> None:
+    def _log_points(self) -> None:
         """Send the points of `sending`, except the steps of each key that the server has."""
-        points = [point for line in link["sending"] for point in _points(line)]
-        missing = [point for point in points if point.step not in had.get(point.key, ())]
-        if missing:
-            client.log_batch(link["run_id"], metrics=missing)
-        link["shipped"] = _position(link.pop("sending")[-1])
-        write_json(self.run_dir / LINK, link)
+        points = [point for line in self._link["sending"] for point in _points(line)]
+        for key in {point.key for point in points} - self._had.keys():
+            history = self._client.get_metric_history(self._link["run_id"], key)
+            self._had[key] = {point.step for point in history}
+        missing = [point for point in points if point.step not in self._had[point.key]]
+        had, self._had = self._had, {}  # to be asked again if the next call gets no answer
+        try:
+            if missing:
+                self._client.log_batch(self._link["run_id"], metrics=missing)
+        except Exception as error:
+            if store.not_executed(error):
+                self._had = had
+            raise
+        sent = self._link.pop("sending")
+        self._keep(shipped=position(sent[-1]))
 
 
-def _position(line: dict) -> list[int]:
-    return [line["stage_index"], line["step"]]
+def _client(place: store.Store):
+    """MLflow's client of a store. A new SQLite database is made by one process at a time."""
+    from mlflow import MlflowClient
+
+    with store.first_use(place.file):
+        client = MlflowClient(tracking_uri=place.secret_uri)
+        if place.file is not None:
+            client.search_experiments(max_results=1)  # makes its tables
+    return client
+
+
+def _try_artifact(client, run_id: str, path: Path) -> bool:
+    """Whether a file became an artifact; if not, one line says why."""
+    try:
+        client.log_artifact(run_id, str(path))
+    except Exception as error:  # many libraries store artifacts
+        _log.warning("%s is not an artifact in MLflow: %s", path, store.one_line(error))
+        return False
+    return True
+
+
+def attach(run_dir: Path, files: list[Path]) -> bool:
+    """Add files to the MLflow run of a run directory, if it has one.
+
+    Returns:
+        False if that failed, which one line says: it is no reason to do nothing else.
+    """
+    try:
+        link = links.read(run_dir)
+    except ArtifactError:
+        link = None
+    if link is None or "run_id" not in link:
+        return True
+    store.limit_requests()
+    try:
+        client = _client(store.choose(None, link))
+    except Exception as error:
+        _log.warning(
+            "MLflow at %s: %s; %s has the files", link["uri"], store.one_line(error), files
+        )
+        return False
+    with store.without_retries():
+        return all(_try_artifact(client, link["run_id"], path) for path in files)
 
 
 def _points(line: dict) -> list:
@@ -283,32 +338,6 @@ def _points(line: dict) -> list:
 
     milliseconds = int(line["time"] * 1000)
     return [
-        Metric(f"{line['stage']}/{key}", float(value), milliseconds, line["step"])
-        for key, value in line.items()
-        if key not in _KEYS
+        Metric(name, float(value), milliseconds, line["step"])
+        for name, value in metric_values(line).items()
     ]
-
-
-def is_shipped(run_dir: Path) -> bool:
-    """Whether MLflow acknowledged the end of a finished run, and so every line before it."""
-    path = run_dir / LINK
-    return path.exists() and read_json(path).get("status") == "FINISHED"
-
-
-def default_uri() -> str:
-    """The local SQLite store of the working directory."""
-    return f"sqlite:///{Path('mlflow.db').resolve()}"
-
-
-def flatten(values: dict, prefix: str = "") -> dict[str, str]:
-    """A nested recipe as MLflow parameters: dotted key to text."""
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
-            value = {item.get("name", str(i)): item for i, item in enumerate(value)}
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{name}.")
-        else:
-            flat[name] = str(value)
-    return flat

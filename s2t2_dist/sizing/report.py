@@ -52,16 +52,21 @@ class RecipeSize:
     @property
     def take(self) -> FileSize | None:
         """The first choice of those that fit as the recipe is: hpZ, then plain, then offload."""
-        own = self.recipe.model.gradient_checkpointing
-        fitting = [file for file in self.files if self.fits(*file.stages[own])]
+        return self._first(self.recipe.model.gradient_checkpointing)
+
+    def _first(self, checkpointing: bool) -> FileSize | None:
+        fitting = [file for file in self.files if self.fits(*file.stages[checkpointing])]
         return min(fitting, key=lambda file: (file.offloads, file.hpz == 1), default=None)
 
     def advice(self) -> str:
         """One line: what to take, or what to change."""
         if self.take:
             return f"It fits: take deepspeed={self.take.file}"
-        if any(self.fits(*file.stages[True]) for file in self.files):
-            return "It does not fit as it is, but with gradient_checkpointing=true it does"
+        if other := self._first(True):
+            return (
+                "It does not fit as it is; it fits with model.gradient_checkpointing=true and "
+                f"deepspeed={other.file}"
+            )
         return (
             "It does not fit: take more GPUs or larger ones, a smaller per_device_train_batch_size "
             "or per_device_eval_batch_size"

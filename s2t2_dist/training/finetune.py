@@ -20,6 +20,7 @@ from s2t2_dist.lm.probe import plain_logits, probe_engine, probe_rows, require_w
 from s2t2_dist.lm.result import MODEL_DIR, write_model
 from s2t2_dist.lm.translation import TRANSLATION_DIR, fold_translation
 from s2t2_dist.run import reshard
+from s2t2_dist.run.checkpoint import is_intact
 from s2t2_dist.training.context import Context, StageRunner, or_nan
 from s2t2_dist.training.translate import TranslateStage
 
@@ -44,7 +45,7 @@ def starting_model(context: Context, stage: Stage) -> Path:
     folder = context.run_dir / f"start-{stage.name}"
 
     def make() -> None:
-        if context.comm.rank != 0 or artifacts.is_complete(folder):
+        if context.comm.rank != 0 or is_intact(folder):
             return
         record = {"kind": "model", "stage": stage.name}
         with artifacts.sealed_directory(folder, record) as temporary:
@@ -128,8 +129,6 @@ class WeightStage:
     def finish(self, record: dict) -> None:
         """Write `model/`, the run's Hugging Face folder, if it gives the trainer's logits."""
         target = self.context.run_dir / MODEL_DIR
-        if artifacts.is_complete(target):
-            return
         self.evaluation_mode(True)
         rows = range(min(self.stage.per_device_eval_batch_size, len(self.context.validation)))
         ids_BT = load_batch(self.context.validation, rows).input_ids.to(self.context.device)

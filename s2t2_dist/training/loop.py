@@ -6,6 +6,7 @@ weights, moments and a position.
 """
 
 import contextlib
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -17,22 +18,28 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from s2t2_dist.comm import agree
-from s2t2_dist.config import Stage, recipe_values
+from s2t2_dist.comm import agree, announced
+from s2t2_dist.config import Stage, Translate, recipe_values
 from s2t2_dist.data.batches import Batch, count_predicted, load_batch, read_ahead
 from s2t2_dist.data.evaluate import Evaluation, evaluate
 from s2t2_dist.data.order import rows_at
 from s2t2_dist.lm import engine
 from s2t2_dist.lm.probe import require_folded
+from s2t2_dist.lm.result import MODEL_DIR
+from s2t2_dist.lm.translation import TRANSLATION_DIR
 from s2t2_dist.run import checkpoint, directory
+from s2t2_dist.run.link import flatten
+from s2t2_dist.run.metrics import MetricsFile, read_metrics
 from s2t2_dist.run.progress import Progress
-from s2t2_dist.run.stopping import StopRequest
-from s2t2_dist.run.tracking import MetricsFile, MLflowShipper, flatten, read_metrics
+from s2t2_dist.run.stopping import Launchers, StopRequest
+from s2t2_dist.run.tracking import MLflowShipper
 from s2t2_dist.training.context import Context, StageRunner
 from s2t2_dist.training.finetune import make_stage, uses_translation_of_run
-from s2t2_dist.training.nonfinite import SkippedSteps, require_finite
+from s2t2_dist.training.nonfinite import SkippedSteps, never_better, require_finite
 from s2t2_dist.training.preflight import check_resume
 from s2t2_dist.training.schedule import learning_rate
+
+_log = logging.getLogger(__name__)
 
 EXIT_DONE = 0
 EXIT_PREEMPTED = 3
@@ -45,7 +52,8 @@ class PreemptedError(Exception):
 def start_shipper(context: Context) -> MLflowShipper:
     """What sends MLflow the lines of this run's `metrics.jsonl`. On rank 0 only."""
     params = flatten(recipe_values(context.recipe))
-    return MLflowShipper(context.run_dir, context.recipe.tracking, params)
+    files = (directory.CONFIG,)
+    return MLflowShipper(context.run_dir, context.recipe.tracking, params, files)
 
 
 class Trainer:
@@ -54,7 +62,7 @@ class Trainer:
     Args:
         resume: the checkpoint to resume from; None: the newest valid one, if there is any.
         await_cause: from `heartbeat.monitored`.
-        parent: the process that started this one.
+        launchers: of this process; they count in a job of several ranks.
     """
 
     def __init__(
@@ -62,13 +70,13 @@ class Trainer:
         context: Context,
         resume: Path | None,
         await_cause: Callable[[BaseException], None],
-        parent: int,
+        launchers: Launchers,
     ):
         self.context = context
         self.recipe, self.run_dir, self.comm = context.recipe, context.run_dir, context.comm
         self.await_cause = await_cause
-        launcher = parent if self.comm.size > 1 else None
-        self.stop = StopRequest(launcher, self.recipe.max_hours)
+        watched = launchers if self.comm.size > 1 else None
+        self.stop = StopRequest(watched, self.recipe.max_hours)
         self.skipped = SkippedSteps(self.recipe.max_bad_steps, self.comm.rank)
         found = checkpoint.find(self.run_dir, self.comm, resume)
         self.resume_dir, self.position = found or (None, None)
@@ -78,17 +86,18 @@ class Trainer:
                 print(f"resuming from {self.resume_dir.name}", flush=True)
         self.metrics: MetricsFile | None = None
         self.mlflow: MLflowShipper | None = None
-        agree(self.comm, self._open_metrics, "opening the metrics")
+        lines = agree(self.comm, self._open_metrics, "opening the metrics")
+        self.skipped.go_on(lines, self.comm)
 
-    def _open_metrics(self) -> None:
-        """Open the metrics file and MLflow; on rank 0 only."""
-        if self.comm.rank == 0:
-            self.metrics = MetricsFile(self.run_dir)
-            self.metrics.truncate(self.position.metrics_bytes if self.position else 0)
-            counts = [line.get("skipped_steps", 0) for line in read_metrics(self.run_dir)]
-            self.skipped.total = max(counts, default=0)
-            if self.recipe.tracking.enabled:
-                self.mlflow = start_shipper(self.context)
+    def _open_metrics(self) -> list[dict]:
+        """Open the metrics file and MLflow; on rank 0 only. Returns the lines so far."""
+        if self.comm.rank != 0:
+            return []
+        self.metrics = MetricsFile(self.run_dir)
+        self.metrics.truncate(self.position.metrics_bytes if self.position else 0)
+        if self.recipe.tracking.enabled:
+            self.mlflow = start_shipper(self.context)
+        return read_metrics(self.run_dir)
 
     def run(self) -> int:
         """Run the stages from the checkpoint's on; returns the exit code."""
@@ -106,8 +115,20 @@ class Trainer:
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
                 self._end("failed", "FAILED", reason=f"{type(error).__name__}: {error}")
             raise
-        self._end("done", "FINISHED", **evaluation.metrics())
+        more = self._warnings()
+        if self.metrics:
+            more["metrics_sha256"] = self.metrics.sha256
+        self._end("done", "FINISHED", **evaluation.metrics(), **more)
         return EXIT_DONE
+
+    def _warnings(self) -> dict[str, object]:
+        """On rank 0, say which stages learned nothing, and return it for the status."""
+        lines = read_metrics(self.run_dir) if self.metrics else []
+        found = [never_better(lines, stage, i) for i, stage in enumerate(self.recipe.stages)]
+        told = [line for line in found if line]
+        for line in told:
+            _log.warning(line)
+        return {"warnings": told} if told else {}
 
     def _write_status(self, state: str, **more: object) -> None:
         if self.comm.rank == 0:
@@ -129,8 +150,11 @@ class Trainer:
             before: the last evaluation of the stage before it, if this job ran it.
         """
         stage = self.recipe.stages[index]
+        if self.position:
+            self.skipped.require_fewer(self.run_dir, stage, self.position.step)
         seed_step(self.recipe.seed, index, 0, 0)
-        runner = make_stage(self.context, stage)
+        with announced(engine.compile_lock):
+            runner = make_stage(self.context, stage)
         resuming = self.position is not None and self.position.stage_index == index
         start = self.position.step if resuming else 0
         if resuming:
@@ -155,16 +179,30 @@ class Trainer:
                 values |= evaluation.metrics()
             self._log(stage, index, done, values, progress)
             stopping = self._stop_asked()
-            giving_up = self.skipped.in_a_row == self.skipped.most
-            if done == stage.max_steps or done % stage.save_steps == 0 or stopping or giving_up:
+            ending = stopping or self.skipped.is_over
+            if done == stage.max_steps or done % stage.save_steps == 0 or ending:
                 self._save(runner, stage, index, done)
             self.skipped.require_fewer(self.run_dir, stage, done)
             if stopping and done < stage.max_steps:
                 raise PreemptedError
         record = {"recipe": recipe_values(self.recipe), "evaluation": asdict(evaluation)}
-        runner.finish({**record, "stage": stage.name, "s2t2_dist": version("s2t2-dist")})
+        if not self._is_written(stage):
+            runner.finish({**record, "stage": stage.name, "s2t2_dist": version("s2t2-dist")})
         runner.close()
         return evaluation
+
+    def _is_written(self, stage: Stage) -> bool:
+        """Whether an earlier job wrote the stage's result; a damaged one is set aside, with a line.
+
+        Rank 0 decides: other hosts may see an older state of the disk.
+        """
+        name = TRANSLATION_DIR if isinstance(stage, Translate) else MODEL_DIR
+        target = self.run_dir / name
+
+        def look() -> bool:
+            return self.comm.rank == 0 and checkpoint.is_intact(target)
+
+        return self.comm.broadcast_object(agree(self.comm, look, f"reading {target}"))
 
     def _step(
         self,
@@ -236,7 +274,8 @@ class Trainer:
         started = time.monotonic()
         require_finite(runner, self.context, stage, step)
         length = self.metrics.sync() if self.metrics else 0
-        position = checkpoint.Position(index, stage.name, step, self.comm.size, length)
+        sha256 = self.metrics.sha256 if self.metrics else None
+        position = checkpoint.Position(index, stage.name, step, self.comm.size, length, sha256)
         keep = self.recipe.save_total_limit, self.recipe.keep_steps
         checkpoint.save(self.run_dir, position, runner.save, self.comm, *keep)
         self.stop.saved(time.monotonic() - started)

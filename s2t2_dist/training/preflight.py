@@ -20,7 +20,7 @@ import torch
 from transformers import PretrainedConfig
 
 from s2t2_dist import artifacts
-from s2t2_dist.comm import Comm, agree
+from s2t2_dist.comm import Comm, agree, announced
 from s2t2_dist.config import (
     Finetune,
     Pretrain,
@@ -48,7 +48,7 @@ from s2t2_dist.lm.vocabulary import source_rows
 from s2t2_dist.ot.sizes import cost_states
 from s2t2_dist.run.checkpoint import Position
 from s2t2_dist.run.directory import LOCK
-from s2t2_dist.run.tracking import METRICS, require_length
+from s2t2_dist.run.metrics import METRICS, read_metrics, require_length, require_unaltered
 from s2t2_dist.training.context import Context
 
 PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "numpy", "pyarrow")
@@ -198,8 +198,10 @@ def check_shared(run_dir: Path, comm: Comm) -> None:
     lock = run_dir / LOCK
     wanted = comm.broadcast_object(_text(lock))
     deadline = time.monotonic() + SHARED_SECONDS
-    while (found := _text(lock)) != wanted and time.monotonic() < deadline:
-        time.sleep(SHARED_SECONDS / 100)
+    who = f"{comm.name(comm.rank)} waits for a sight of {lock}, for up to {SHARED_SECONDS:.0f} s"
+    with announced(lambda: who):
+        while (found := _text(lock)) != wanted and time.monotonic() < deadline:
+            time.sleep(SHARED_SECONDS / 100)
     line = f"{run_dir} is not what rank 0 sees; put it on a shared disk"
     _require_none(comm, comm.gather_objects([] if found == wanted else [line]))
 
@@ -209,7 +211,7 @@ def check_resume(context: Context, path: Path, position: Position) -> None:
 
     Raises:
         ConfigError: on every rank: weights written by another number of ranks without ZeRO-3.
-        ArtifactError: on every rank: `metrics.jsonl` is shorter than it was at the checkpoint.
+        ArtifactError: on every rank: `metrics.jsonl` is shorter than it was, or damaged.
     """
     ranks, stage = context.comm.size, context.recipe.stages[position.stage_index]
     zero = context.deepspeed.get("zero_optimization", {}).get("stage", 0)
@@ -223,7 +225,10 @@ def check_resume(context: Context, path: Path, position: Position) -> None:
 
     def look() -> None:
         if context.comm.rank == 0:  # the file's writer: other hosts may see an older length
-            require_length(context.run_dir / METRICS, position.metrics_bytes)
+            path, length = context.run_dir / METRICS, position.metrics_bytes
+            require_length(path, length)
+            read_metrics(context.run_dir, length)
+            require_unaltered(path, length, position.metrics_sha256)
 
     agree(context.comm, look, "looking at the metrics")
 

@@ -1,7 +1,6 @@
 """From a recipe to a run: the checks of a start, the run directory, then the loop."""
 
 import contextlib
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,19 +9,25 @@ import torch
 
 from s2t2_dist import comm
 from s2t2_dist.comm import agree
-from s2t2_dist.config import Recipe, Translate
+from s2t2_dist.config import Recipe
 from s2t2_dist.data.shards import ShardReader, require_tokenizer
 from s2t2_dist.errors import S2T2Error
 from s2t2_dist.lm import engine
-from s2t2_dist.lm.folder import local_folder
-from s2t2_dist.run import checkpoint, directory, heartbeat
-from s2t2_dist.run.tracking import is_shipped
+from s2t2_dist.lm.inputs import inputs_of
+from s2t2_dist.run import checkpoint, directory, heartbeat, identity
+from s2t2_dist.run.link import is_shipped
+from s2t2_dist.run.stopping import Launchers
 from s2t2_dist.training import preflight
 from s2t2_dist.training.context import Context
 from s2t2_dist.training.loop import EXIT_DONE, Trainer, start_shipper
 
 
-def run(recipe: Recipe, resume: str = "auto", dry_run: bool = False) -> int:
+def run(
+    recipe: Recipe,
+    resume: str = "auto",
+    dry_run: bool = False,
+    launchers: Launchers | None = None,
+) -> int:
     """Run a recipe's stages in its run directory, from its newest checkpoint where there is one.
 
     Args:
@@ -30,6 +35,7 @@ def run(recipe: Recipe, resume: str = "auto", dry_run: bool = False) -> int:
             a checkpoint of this run.
         dry_run: make every check of a start, say what it would do, and write nothing. That every
             rank sees a run directory is checked only where there is one.
+        launchers: of this process, as they were early; default: as they are now.
 
     Returns:
         the exit code: 0 done, 3 stopped by a signal or the time limit, with a checkpoint written.
@@ -38,7 +44,7 @@ def run(recipe: Recipe, resume: str = "auto", dry_run: bool = False) -> int:
         S2T2Error: a user's mistake, found before anything is written; a full disk; a model
             that has diverged.
     """
-    parent = os.getppid()  # taken now: it may die during the start
+    launchers = launchers or Launchers.now()
     device = engine.init_distributed(recipe.collective_timeout)
     world = comm.world_comm()
     record = partial(directory.record_loss, recipe.output_dir.resolve())
@@ -49,7 +55,7 @@ def run(recipe: Recipe, resume: str = "auto", dry_run: bool = False) -> int:
                 _rehearse(context, resume)
                 code = EXIT_DONE
             else:
-                code = _run_job(context, resume, await_cause, parent)
+                code = _run_job(context, resume, await_cause, launchers)
     except S2T2Error as error:
         if error.collective:  # else the other ranks may still be waiting in a collective
             comm.destroy()
@@ -70,14 +76,14 @@ def _run_job(
     context: Context,
     resume: str,
     await_cause: Callable[[BaseException], None],
-    parent: int,
+    launchers: Launchers,
 ) -> int:
     world = context.comm
     with contextlib.ExitStack() as held:
-        state = agree(world, lambda: _claim(context, resume, held), "making the run directory")
+        state = _claim(context, resume, held)
         preflight.check_shared(context.run_dir, world)
         if world.broadcast_object(state) != "done":
-            return Trainer(context, _asked_for(resume), await_cause, parent).run()
+            return Trainer(context, _asked_for(resume), await_cause, launchers).run()
         if world.rank == 0:
             _finish_shipping(context)
             print(f"{context.run_dir} is done; nothing to do")
@@ -106,32 +112,42 @@ def _open_inputs(recipe: Recipe, world: comm.Comm, device: torch.device) -> Cont
 
 
 def _claim(context: Context, resume: str, held: contextlib.ExitStack) -> str | None:
-    """On rank 0, make or take over the run directory, and read its state; `held` unlocks it."""
-    if context.comm.rank != 0:
-        return None
-    claimed = directory.claimed(context.run_dir, context.recipe, _inputs(context), resume)
-    held.enter_context(claimed)
-    return directory.read_state(context.run_dir)
+    """Make or take over the run directory on rank 0, which gets its state. A collective.
+
+    Args:
+        held: unlocks the directory.
+    """
+    inputs = _identify(context)
+
+    def claim() -> str | None:
+        if context.comm.rank != 0:
+            return None
+        claimed = directory.claimed(context.run_dir, context.recipe, inputs, resume)
+        held.enter_context(claimed)
+        return directory.read_state(context.run_dir)
+
+    return agree(context.comm, claim, "making the run directory")
 
 
-def _inputs(context: Context) -> dict:
-    """What identifies the files that the run reads."""
-    recipe = context.recipe
-    base = local_folder(recipe.model) if recipe.model.config is None else None
-    translates = [stage for stage in recipe.stages if isinstance(stage, Translate)]
-    others = [path for stage in translates for path in (stage.source_tokens, stage.source_marginal)]
-    data = context.train.directory
-    return directory.identify_inputs(data, context.deepspeed, base, others)
+def _identify(context: Context) -> dict:
+    """The content of everything that the run reads. A collective."""
+    recipe, world = context.recipe, context.comm
+
+    inputs = agree(world, lambda: inputs_of(recipe), "listing the inputs")
+    known = identity.known(context.run_dir) if world.rank == 0 else None
+    found = identity.identify(inputs, world.broadcast_object(known), world)
+    return found | {identity.DEEPSPEED: identity.of_value(context.deepspeed, recipe.deepspeed)}
 
 
 def _rehearse(context: Context, resume: str) -> None:
     """Check what a start would find in the run directory; print what it would do. A collective."""
     run_dir, world = context.run_dir, context.comm
+    inputs = _identify(context)
 
     def look() -> str | None:
         if world.rank != 0:
             return None
-        directory.check(run_dir, context.recipe, _inputs(context), resume)
+        directory.check(run_dir, context.recipe, inputs, resume)
         directory.check_unlocked(run_dir)
         return directory.read_state(run_dir)
 

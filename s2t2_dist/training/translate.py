@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from s2t2_dist import artifacts
 from s2t2_dist.comm import agree, world_comm
 from s2t2_dist.config import Translate
 from s2t2_dist.data.batches import Batch
@@ -178,8 +177,6 @@ class TranslateStage:
     def finish(self, record: dict) -> None:
         """Write `translation/`."""
         target = self.context.run_dir / TRANSLATION_DIR
-        if artifacts.is_complete(target):
-            return
         with finite_cost(self.stage):
             plans = self.translator.plan_tiles()
         save_translation(

@@ -1,9 +1,10 @@
 """Kill a small run of both stages again and again: python -m tests.bench.kills --kills 100
 
-Sends SIGKILL to a random rank, to DeepSpeed's launcher or to the whole job, at random moments; a
-third of them fall inside a checkpoint write. Each start resumes the run that was killed before. A
-run that is done is compared with an undisturbed one, and the next run begins. A later call with
-the same --work continues where an earlier one stopped.
+Sends SIGKILL to a random rank, to DeepSpeed's launcher or to the whole job, at random moments, some
+inside a checkpoint write. SIGTERM to DeepSpeed's runner and SIGHUP to the whole job, as of a
+terminal, must lose no step. Each start resumes the run that was killed before. A run that is done
+is compared with an undisturbed one. A later call with the same --work continues where an earlier
+one stopped.
 """
 
 import argparse
@@ -29,7 +30,8 @@ from tests.conftest import make_small_inputs
 from tests.jobs import launching
 from tests.jobs.forked import Job
 
-KINDS = ("rank", "launcher", "job")
+KINDS = ("rank", "launcher", "job", "runner", "terminal")
+SIGNALS = {"runner": signal.SIGTERM, "terminal": signal.SIGHUP}  # else SIGKILL
 RANKS = 2
 STEPS = 14
 STAGE = {"train_batch_size": 8, "per_device_train_batch_size": 2, "eval_steps": 7, "save_steps": 3}
@@ -133,7 +135,7 @@ class Killer:
         good = {path.name for path in list_checkpoints(run_dir) if _is_good(path)}
         (recipe.parent / "output.txt").write_text("")
         before = _last_write(run_dir)
-        process = launching.start(recipe, RANKS, launcher=kind == "launcher")
+        process = launching.start(recipe, RANKS, launcher=kind not in ("rank", "job"))
         self.ports.add(_port(process))
         try:
             if not self._wait_for_moment(process, run_dir, kind, inside, late):
@@ -141,11 +143,14 @@ class Killer:
                 return None
             within = _is_writing(run_dir)
             began = time.monotonic()
-            self._kill(process)
+            self._kill(process, SIGNALS.get(kind, signal.SIGKILL))
             seconds = time.monotonic() - began
         finally:
             launching.kill(process)
         last = (launching.metrics(run_dir) or [{"stage": "start", "step": 0}])[-1]
+        if kind in SIGNALS and launching.status(run_dir)["state"] != "done":
+            saved = run_dir / f"checkpoints/{last['stage']}-{last['step']:06d}"
+            assert _is_good(saved), f"{kind}: the last step is {saved.name}, it is not saved"
         resumed = _resumed_from(recipe)
         assert not resumed or resumed in good, f"resumed from {resumed}, good were {good}"
         trained = _last_write(run_dir) != before  # otherwise it was killed before it could resume
@@ -157,7 +162,7 @@ class Killer:
     ) -> bool:
         """Wait for the moment to kill; False if the run ended first."""
         # Ranks notice the death of their launcher only from the first step on, so no earlier kill.
-        if kind != "launcher" and not inside and self.rng.random() < STARTUP_SHARE:
+        if kind in ("rank", "job") and not inside and self.rng.random() < STARTUP_SHARE:
             time.sleep(self.rng.uniform(0.5, 5))
             if process.poll() is not None:
                 return False
@@ -190,18 +195,20 @@ class Killer:
         parent = psutil.Process(process.pid)
         self.family = [parent, *parent.children(recursive=True)]
         ranks = launching.ranks_of(process)
-        if kind == "job" or not ranks:
+        if kind in ("job", "terminal") or not ranks:
             self.targets = self.family
+        elif kind == "runner":
+            self.targets = [parent]
         elif kind == "rank":
             self.targets = [self.rng.choice(ranks)]
         else:
             self.targets = [psutil.Process(ranks[0].ppid())]
 
-    def _kill(self, process: subprocess.Popen | Job) -> None:
-        """Send SIGKILL. The rest of the job must then end by itself within END_SECONDS."""
+    def _kill(self, process: subprocess.Popen | Job, number: int) -> None:
+        """Send the signal. The rest of the job must then end by itself within END_SECONDS."""
         for target in self.targets:
             with contextlib.suppress(psutil.NoSuchProcess):
-                target.send_signal(signal.SIGKILL)
+                target.send_signal(number)
         process.wait(END_SECONDS)
         _, alive = psutil.wait_procs(self.family, END_SECONDS)
         assert not alive, f"{alive} still run"
@@ -320,6 +327,7 @@ checkpoint write. The script stops if one of these does not hold:
   verified before it, if there was one; {runs} runs finished, each killed several times;
 - their losses, gradient norms and evaluations are bit for bit those of an undisturbed run;
 - MLflow has every point of `metrics.jsonl`, in order, once;
+- after a SIGTERM to the runner or a SIGHUP to the job, the last step in `metrics.jsonl` was saved;
 - after every kill the rest of the job ended by itself, at most {slowest:.1f} s later;
 - no files were left in the home and temporary folders or `/dev/shm`, and no compile locks, beyond
   those of the undisturbed run; no part of a checkpoint was left in the run directory.

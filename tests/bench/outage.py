@@ -17,13 +17,16 @@ from mlflow import MlflowClient
 
 from tests.conftest import make_small_inputs
 from tests.jobs import launching
-from tests.run.mlflow_server import MLflowServer
+from tests.run.mlflow_server import BadNetwork, MLflowServer
 
 STAGE = {"kind": "finetune", "init": "truncate", "max_steps": 10**6, **launching.STAGE}
 
 
-def measure(work: Path, seconds: float, quiet: float) -> dict:
+def measure(work: Path, seconds: float, quiet: float, fails: str = "nothing") -> dict:
     """Run with an outage of `seconds`, and `quiet` seconds before and after it.
+
+    Args:
+        fails: what becomes of every second call all the time, see `BadNetwork`.
 
     Returns:
         `seconds`, the number of `points` compared, and `steps`: number and quartiles of the step
@@ -34,9 +37,10 @@ def measure(work: Path, seconds: float, quiet: float) -> dict:
     """
     work.mkdir(parents=True, exist_ok=True)
     model, data = make_small_inputs(work / "inputs")
-    with MLflowServer(work) as server:
+    with MLflowServer(work) as server, BadNetwork(server.port) as network:
+        network.fails = fails
         stages = [{**STAGE, "eval_steps": 500, "save_steps": 500}]
-        tracking = {"enabled": True, "uri": server.uri}
+        tracking = {"enabled": True, "uri": network.uri}
         recipe = launching.write_recipe(work, model, data, stages=stages, tracking=tracking)
         run_dir = work / "run"
         process = launching.start(recipe, 0)
@@ -115,11 +119,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--seconds", type=float, default=60, help="length of the outage")
     parser.add_argument("--quiet", type=float, default=15, help="seconds before and after it")
+    parser.add_argument(
+        "--fails", default="nothing", choices=("nothing", "refusal", "cut"), help="every 2nd call"
+    )
     parser.add_argument("--work", type=Path, required=True, help="folder of the run")
     parser.add_argument("--report", type=Path, help="Markdown page to write")
     options = parser.parse_args()
     os.environ.pop("MLFLOW_TRACKING_URI", None)
-    page = report(measure(options.work.resolve(), options.seconds, options.quiet))
+    page = report(measure(options.work.resolve(), options.seconds, options.quiet, options.fails))
     print(page)
     if options.report:
         options.report.write_text(page)

@@ -15,8 +15,11 @@ from s2t2_dist.comm import Comm
 from s2t2_dist.config import Recipe, recipe_values
 from s2t2_dist.data.evaluate import Evaluation, evaluate
 from s2t2_dist.data.shards import ShardReader, tokenizer_sha256
+from s2t2_dist.lm.inputs import inputs_of
 from s2t2_dist.lm.result import special_ids, write_model
 from s2t2_dist.lm.translation import fold_translation, save_translation
+from s2t2_dist.run import identity
+from s2t2_dist.run.identity import DEEPSPEED
 from tests.ot.problems import csr_tiles
 
 ROWS = 400
@@ -37,11 +40,13 @@ def make_recipe(run_dir: Path, model: Path, data: Path, stages: list[dict]) -> R
 
 
 def write_run(recipe: Recipe, lines: list[dict], state: str = "done", **more: object) -> Path:
-    """config.yaml, status.json and metrics.jsonl."""
+    """config.yaml, inputs.json, status.json and metrics.jsonl."""
     run_dir = recipe.output_dir
     run_dir.mkdir(parents=True)
     (run_dir / "config.yaml").write_text(yaml.safe_dump(recipe_values(recipe), sort_keys=False))
     artifacts.write_json(run_dir / "status.json", {"state": state, **more})
+    settings = {DEEPSPEED: identity.of_value({}, recipe.deepspeed)}
+    identity.write(run_dir, identity.identify(inputs_of(recipe), {}, Comm()) | settings)
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run_dir
 

@@ -1,8 +1,10 @@
 """The comparison's numbers against hand computation, on run directories made without training."""
 
+import hashlib
 import json
 import math
 import shutil
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -13,11 +15,12 @@ from transformers import AutoTokenizer
 from data_prep.build import BuildOptions, build_shards
 from s2t2_dist import cli, load_translation
 from s2t2_dist.data.evaluate import Evaluation
-from s2t2_dist.errors import DataError
+from s2t2_dist.errors import ArtifactError, DataError
 from s2t2_dist.report.compare import compare, make_rows
-from s2t2_dist.report.figure import in_blocks, sharpest_part, smooth
+from s2t2_dist.report.figure import drawable, in_blocks, sharpest_part, smooth
 from s2t2_dist.report.runs import read_run, uniform_bits, unigram_bits
 from s2t2_dist.report.translation import sharpest_columns, summarize, top_sources
+from tests.conftest import make_source_model
 from tests.report.runs import FINETUNE, TRANSLATE, make_recipe, metrics_line, write_plan, write_run
 
 CONTEXT, BATCH = 32, 8
@@ -264,3 +267,48 @@ def test_show_refuses_another_tokenizer(runs, protein_tokenizer, capsys):
     code = cli.run(["translation", "show", path, "--source-tokenizer", str(protein_tokenizer)])
     assert code == cli.USER_ERROR
     assert "the translation was learned for" in capsys.readouterr().err
+
+
+def test_the_same_run_twice_is_refused(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(runs[0].parent)
+    with pytest.raises(DataError, match="is given twice"):
+        compare([runs[0], runs[1], Path(runs[0].name)], tmp_path / "out")
+
+
+def test_runs_with_one_name_and_names_with_any_character(runs, tmp_path):
+    """Of two folders; with a Markdown mark, TeX's dollar, and a character that no font here has."""
+    for name in ("a/x", "b/x", "c/p|q $x_1$ \u4f60 *"):
+        shutil.copytree(runs[0], tmp_path / name)
+    paths = [tmp_path / "a/x", tmp_path / "b/x", tmp_path / "c/p|q $x_1$ \u4f60 *"]
+    compare(paths, tmp_path / "out")
+    table = json.loads((tmp_path / "out/table.json").read_text())
+    names = {row["run"] for row in table["rows"] if row["run"]}
+    assert names == {"a/x", "b/x", "c/p|q $x_1$ \u4f60 *"}
+    lines = (tmp_path / "out/table.md").read_text().splitlines()
+    columns = {line.replace("\\|", "").count("|") for line in lines if line.startswith("|")}
+    assert len(columns) == 1
+    assert drawable("p $x$ \u4f60") == "p \\$x\\$ U+4F60"
+
+
+def test_the_base_model_is_not_needed(source_tokenizer, protein_data, tmp_path):
+    """It may be on another machine by now."""
+    model = make_source_model(tmp_path / "model", source_tokenizer)
+    recipe = make_recipe(tmp_path / "run", model, protein_data, [{**TRANSLATE, "max_steps": 2}])
+    write_run(recipe, stage_lines(0, 2, 5.0, 4.0))
+    shutil.rmtree(model)
+    assert read_run(tmp_path / "run").recipe.stages[0].max_steps == 2
+
+
+@pytest.mark.parametrize(
+    "change", [lambda t: t.replace('"loss": 3.5', '"loss": 3.4'), lambda t: t + t.splitlines()[-1]]
+)
+def test_metrics_that_were_altered_are_refused(change, source_model, protein_data, tmp_path):
+    recipe = make_recipe(tmp_path / "run", source_model, protein_data, [TRANSLATE])
+    lines = stage_lines(0, 10, 5.0, 4.0)
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    write_run(recipe, lines, metrics_sha256=hashlib.sha256(content).hexdigest())
+    assert read_run(tmp_path / "run").lines(0) == lines
+    path = tmp_path / "run/metrics.jsonl"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ArtifactError, match=r"metrics.jsonl was altered after it was written"):
+        read_run(tmp_path / "run")

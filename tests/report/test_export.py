@@ -4,18 +4,21 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from s2t2_dist import artifacts, cli
 from s2t2_dist.config import METHODS, load_recipe
+from s2t2_dist.data.evaluate import Evaluation
 from s2t2_dist.data.order import row_at
 from s2t2_dist.data.shards import ShardReader
-from s2t2_dist.errors import ArtifactError, DataError
+from s2t2_dist.errors import ArtifactError, DataError, S2T2Error
+from s2t2_dist.lm.inputs import is_from_hub
 from s2t2_dist.lm.result import write_model
 from s2t2_dist.report.contents import UNTRAINED
 from s2t2_dist.report.export import copy_weights, release, untrained_ids
@@ -221,3 +224,138 @@ def test_manifest_records_origin(exported, run_dir):
     assert manifest["kind"] == "model"
     assert manifest["recipe"]["output_dir"] == str(run_dir)
     assert {1, 2} <= set(manifest[UNTRAINED])
+
+
+# What the run stood on, and where it is now
+
+
+@pytest.fixture
+def project(request, source_tokenizer, protein_data, tmp_path, monkeypatch):
+    """A working directory with a model, data and a run whose recipe names them relative to it."""
+    root = tmp_path / "project"
+    root.mkdir()
+    monkeypatch.chdir(root)
+    make_source_model(root / "model", source_tokenizer)
+    shutil.copytree(protein_data, root / "data")
+    finetuned = getattr(request, "param", False)
+    make_exportable_run(Path("runs/x"), Path("model"), Path("data"), finetuned=finetuned)
+    return root
+
+
+def _flip_weights(folder):
+    """Other weights in a file of the same size."""
+    path = folder / "model.safetensors"
+    weights = {k: -v for k, v in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def test_a_base_that_changed_since_is_refused(project):
+    """A translate-only run folds into it."""
+    release(project / "runs/x", project / "before")
+    _flip_weights(project / "model")
+    with pytest.raises(ArtifactError, match=r"model changed after .*runs/x was trained .*model.sa"):
+        release(project / "runs/x", project / "out")
+    assert not (project / "out").exists() and not list(project.glob(".*"))
+
+
+def test_data_that_changed_since_are_refused(project, source_data):
+    shutil.rmtree(project / "data")
+    shutil.copytree(source_data, project / "data")
+    with pytest.raises(DataError, match="tokenizer"):
+        release(project / "runs/x", project / "out")
+
+
+@pytest.mark.parametrize("project", [True, False], indirect=True, ids=["finetuned", "translated"])
+def test_the_inputs_are_found_from_another_folder_and_after_a_move(project, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    release(project / "runs/x", tmp_path / "elsewhere")
+    card = (tmp_path / "elsewhere/README.md").read_text()
+    assert "`model`, moved to another domain" in card and "base_model" not in card
+    moved = project.rename(tmp_path / "renamed")
+    release(moved / "runs/x", tmp_path / "after")
+    first, second = (load_file(tmp_path / n / "model.safetensors") for n in ("elsewhere", "after"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    shutil.move(moved / "runs/x", tmp_path / "alone")  # its inputs stay where they were not
+    with pytest.raises(S2T2Error, match="data"):
+        release(tmp_path / "alone", tmp_path / "out")
+
+
+def test_another_number_than_the_cards_is_refused(project):
+    """The plan's record says what the run measured; here it is wrong."""
+    shutil.rmtree(project / "runs/x/translation")
+    recipe, plan = load_recipe(project / "runs/x/config.yaml"), runs.random_plan(400, 64)
+    runs.write_plan(recipe, plan, Evaluation(nats=123.0, tokens=100, bytes=200))
+    with pytest.raises(ArtifactError, match=r"bits per byte, but the run had 0\.8873"):
+        release(project / "runs/x", project / "out")
+    assert not (project / "out").exists()
+    release(project / "runs/x", project / "unseen", evaluation=False)
+    assert (project / "unseen" / "COMPLETE").exists()
+
+
+def test_what_a_killed_export_left_is_removed_and_what_another_writes_is_not(project):
+    left = [project / ".out.tmp-123", project / ".out.fold-abc", project / ".out.tmp-1-aa"]
+    for path in left:
+        path.mkdir()
+        (path / "x").touch()
+    with artifacts.scratch_directory(project / "out") as held:
+        release(project / "runs/x", project / "out", evaluation=False)
+        assert held.is_dir()
+    assert not list(project.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("out", "named"),
+    [
+        ("file/x", "a file is where a folder is needed"),
+        ("file", "file exists; choose another folder"),
+        ("link", "link exists; choose another folder"),
+        ("n" * 256, "a name is too long"),
+        ("d/" + "n" * 256 + "/x", "a name is too long"),
+        ("n" * 255, None),
+        ("ä" * 127, None),
+    ],
+)
+def test_a_target_that_cannot_be_is_one_line(out, named, project, capsys):
+    (project / "file").write_text("x")
+    (project / "link").symlink_to(project / "nowhere")
+    code = cli.run(["export", "runs/x", "--out", out, "--no-evaluate"])
+    told = capsys.readouterr()
+    if named is None:
+        assert code == 0 and (project / out / "COMPLETE").exists(), told.err
+        return
+    assert code == 2 and named in told.err and told.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line(project, capsys):
+    """safetensors reports it as an error of its own."""
+    (project / "small").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", project / "small"]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        assert cli.run(["export", "runs/x", "--out", "small/out"]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("error: ") and told.count("\n") == 1
+        assert "No space left" in told or "no space left" in told
+        assert not list((project / "small").iterdir())
+    finally:
+        subprocess.run(["umount", project / "small"], check=True)
+
+
+@pytest.mark.parametrize("size", ["-1GB", "0GB", "0", "5", "GB", "nanGB", "infGB", "5 XB"])
+def test_a_shard_size_that_is_none_is_refused(size, project, capsys):
+    assert cli.run(["export", "runs/x", "--out", "out", "--max-shard-size", size]) == 2
+    assert "max_shard_size" in capsys.readouterr().err
+
+
+def test_the_card_names_a_base_of_the_hub(project):
+    """Its folder is the hub's snapshot of that name; a folder that is spelled like one is none."""
+    path = project / "runs/x/inputs.json"
+    for folder, hub in (("models--a--b/snapshots/1", True), ("a/b", False)):
+        record = json.loads(path.read_text())
+        record["inputs"]["model"] |= {"given": "a/b", "path": f"/somewhere/{folder}"}
+        record.pop("sha256")
+        record["sha256"] = artifacts.sha256_json(record)
+        path.write_text(json.dumps(record))
+        assert is_from_hub(project / "runs/x") == hub

@@ -76,15 +76,45 @@ class BadNetwork:
         loses: what becomes of a `log-batch` call: "nothing" is lost, its "request" never arrives,
             or its "answer" never comes back.
         lost: set when it lost one.
+        fails: what becomes of every second call of any kind: "nothing", a "refusal" (503, not
+            executed), a "cut" (executed, the connection closed without an answer).
+        waits: seconds between calls that it asks for with 429 and Retry-After; 0: none.
+        status: with which it answers every call instead of forwarding it; None: it forwards.
     """
 
     def __init__(self, port: int):
         network = self
         self.loses, self.lost, self._over = "nothing", threading.Event(), threading.Event()
+        self.fails, self.waits, self.status = "nothing", 0, None
+        self.calls = self.early = 0
+        self._last = 0.0
 
         class Handler(BaseHTTPRequestHandler):
+            def refuse(self, status: int, **headers: str) -> None:
+                self.send_response(status)
+                for name, value in {"Content-Length": "0", **headers}.items():
+                    self.send_header(name.replace("_", "-"), value)
+                self.end_headers()
+
+            def is_refused(self) -> bool:
+                network.calls += 1
+                now, last = time.monotonic(), network._last
+                if network.status:
+                    self.refuse(network.status)
+                elif network.fails == "refusal" and network.calls % 2:
+                    self.refuse(503)
+                elif now - last < network.waits:
+                    network.early += 1
+                    self.refuse(429, Retry_After=str(network.waits))
+                else:
+                    network._last = now
+                    return False
+                return True
+
             def forward(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                if self.is_refused():
+                    return
                 loses = network.loses if self.path.endswith("log-batch") else "nothing"
                 if loses != "request":
                     upstream = http.client.HTTPConnection("127.0.0.1", port)
@@ -96,6 +126,9 @@ class BadNetwork:
                 if loses != "nothing":
                     network.lost.set()
                     network._over.wait()
+                    return
+                if network.fails == "cut" and network.calls % 2:
+                    self.close_connection = True
                     return
                 self.send_response(answer.status)
                 self.send_header("Content-Type", answer.headers["Content-Type"])

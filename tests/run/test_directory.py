@@ -8,9 +8,15 @@ import yaml
 
 from s2t2_dist.config import Recipe
 from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error
-from s2t2_dist.run.directory import claimed, identify_inputs
+from s2t2_dist.run.directory import claimed
 
-INPUTS = {"data manifest sha256": "a" * 64, "model weight files (bytes)": {"m.safetensors": 7}}
+
+def entry(**files: str) -> dict:
+    hashes = {name.replace("_", "."): {"sha256": value} for name, value in files.items()}
+    return {"path": "/somewhere", "given": "somewhere", "files": hashes}
+
+
+INPUTS = {"data": entry(manifest_json="a" * 64), "model": entry(m_safetensors="7")}
 
 
 def recipe(run_dir, **changes) -> Recipe:
@@ -50,23 +56,41 @@ def test_another_recipe_is_refused(tmp_path, changes, named):
 
 def test_other_files_behind_the_same_paths_are_refused(tmp_path):
     start(tmp_path)
-    swapped = {**INPUTS, "model weight files (bytes)": {"m.safetensors": 8}}
-    with pytest.raises(ConfigError, match=r"other files .*m.safetensors: 7 -> 8"):
+    swapped = {**INPUTS, "model": entry(m_safetensors="8")}
+    with pytest.raises(ConfigError, match=r"other files .*model, m.safetensors: 7 -> 8"):
         start(tmp_path, swapped)
-    with pytest.raises(ConfigError, match=r"data manifest sha256: aaaa.* -> b"):
-        start(tmp_path, {**INPUTS, "data manifest sha256": "b"})
+    with pytest.raises(ConfigError, match=r"data, manifest.json: aaaa.* -> b"):
+        start(tmp_path, {**INPUTS, "data": entry(manifest_json="b")})
+    with pytest.raises(ConfigError, match=r"model, tokenizer.json: none -> c"):
+        start(tmp_path, {**INPUTS, "model": entry(m_safetensors="7", tokenizer_json="c")})
 
 
-def test_inputs_are_known_by_what_they_hold(source_model, protein_data, source_data):
-    found = identify_inputs(protein_data, {"zero_optimization": {"stage": 3}}, source_model)
-    assert found["model weight files (bytes)"].keys() == {"model.safetensors"}
-    read = ["uniform", str(source_data), str(source_model / "config.json")]
-    more = identify_inputs(protein_data, {"zero_optimization": {"stage": 3}}, source_model, read)
-    assert len(more) == len(found) + 2 and found.items() <= more.items()
-    assert more[f"{source_data} sha256"] != more[f"{source_model / 'config.json'} sha256"]
-    other = identify_inputs(source_data, {"zero_optimization": {"stage": 2}}, None)
-    same = {key for key in other if other[key] == found[key]}
-    assert not same and len(other) == 2
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"model_name_or_path": "/elsewhere/m"}},
+        {"data": {"path": "d/"}},
+        {"data": {"path": "d", "tokenizer": "t"}},
+        {"deepspeed": "/elsewhere/z.json"},
+    ],
+)
+def test_a_path_may_change_where_the_content_did_not(changes, tmp_path):
+    start(tmp_path)
+    start(tmp_path, **changes)
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    for key, value in changes.items():
+        expected = value if isinstance(value, str) else list(value.values())[-1].rstrip("/")
+        found = written[key] if isinstance(value, str) else written[key][list(value)[-1]]
+        assert found == expected
+
+
+def test_a_name_that_stands_for_a_path_may_not_change(tmp_path):
+    """`bytes` and a file of ids are other rows of P."""
+    start(tmp_path, stage={"source_tokens": "bytes"})
+    with pytest.raises(ConfigError, match="source_tokens: bytes -> all"):
+        start(tmp_path, stage={"source_tokens": "all"})
+    with pytest.raises(ConfigError, match="source_tokens: bytes -> a path"):
+        start(tmp_path, stage={"source_tokens": "ids.txt"})
 
 
 def test_something_else_is_left_alone(tmp_path):
@@ -80,7 +104,7 @@ def test_a_start_that_was_killed_at_once_can_be_repeated(tmp_path):
     (tmp_path / ".lock").write_text("{}")
     (tmp_path / "inputs.json").write_text("{}")
     start(tmp_path)
-    assert json.loads((tmp_path / "inputs.json").read_text()) == INPUTS
+    assert json.loads((tmp_path / "inputs.json").read_text())["inputs"] == INPUTS
 
 
 @pytest.mark.parametrize("resume", ["never", "checkpoints/translate-000001"])

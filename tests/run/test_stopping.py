@@ -1,11 +1,14 @@
 """When a job stops: by a signal, before its time is up, when its launcher is gone."""
 
+import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from s2t2_dist.run import stopping
@@ -14,16 +17,16 @@ from s2t2_dist.run.stopping import StopRequest
 
 @pytest.fixture(autouse=True)
 def handlers_as_before():
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    numbers = stopping.SIGNALS
     before = [signal.getsignal(number) for number in numbers]
     yield
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", stopping.SIGNALS)
 def test_a_signal_asks_to_stop(number):
-    stop = StopRequest(launcher=None, max_hours=None)
+    stop = StopRequest(launchers=None, max_hours=None)
     assert not stop.asked()
     os.kill(os.getpid(), number)
     assert stop.asked()
@@ -39,7 +42,7 @@ def test_a_job_stops_while_a_step_and_a_save_still_fit(monkeypatch):
 
     def stops_at(save: float | None) -> float:
         clock[0] = 0.0
-        stop = StopRequest(launcher=None, max_hours=100 / stopping.SECONDS_PER_HOUR)
+        stop = StopRequest(launchers=None, max_hours=100 / stopping.SECONDS_PER_HOUR)
         if save is not None:
             stop.saved(save)
         while True:
@@ -53,8 +56,8 @@ def test_a_job_stops_while_a_step_and_a_save_still_fit(monkeypatch):
 
 ORPHAN = """
 import subprocess, sys
-child = "import os, time; from s2t2_dist.run.stopping import StopRequest\\n" \
-    "stop = StopRequest(os.getppid(), None); print(stop.asked(), flush=True)\\n" \
+child = "import os, time; from s2t2_dist.run.stopping import Launchers, StopRequest\\n" \
+    "stop = StopRequest(Launchers.now(), None); print(stop.asked(), flush=True)\\n" \
     "while not stop.asked(): time.sleep(0.01)\\n" \
     "print('stops', flush=True)"
 process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, text=True)
@@ -68,3 +71,61 @@ def test_a_launched_rank_stops_when_its_launcher_is_gone():
         [sys.executable, "-c", ORPHAN], capture_output=True, text=True, timeout=60
     )
     assert done.stdout.split() == ["False", "stops"], done.stderr
+
+
+# A chain as DeepSpeed makes it: each level starts the next, the last is the rank.
+CHAIN = """
+import subprocess, sys, time
+level = int(sys.argv[1])
+if level:
+    wrap = ["sh", "-c", '"$0" "$@" & wait'] if sys.argv[2] == "shell" and level == 2 else []
+    words = [sys.executable, "-c", sys.argv[3], str(level - 1), *sys.argv[2:]]
+    subprocess.run([*wrap, *words])
+else:
+    from s2t2_dist.run.stopping import Launchers
+    launchers = Launchers.now()
+    print(len(launchers.further), launchers.alive(), flush=True)
+    while launchers.alive():
+        time.sleep(0.01)
+    print("gone", flush=True)
+"""
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
+def test_the_end_of_any_launcher_is_noticed(level, number):
+    """Of the parent, DeepSpeed's runner above it, and one above that; the others live on."""
+    words = [sys.executable, "-c", CHAIN, "3", "none", CHAIN, stopping.PROGRAM]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True) as top:
+        assert top.stdout.readline() == "2 True\n"
+        family = [psutil.Process(top.pid), *psutil.Process(top.pid).children(recursive=True)]
+        family[3 - level].send_signal(number)
+        assert top.stdout.readline() == "gone\n"
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def test_a_shell_above_may_end():
+    """As the one that started a job in the background."""
+    words = [sys.executable, "-c", CHAIN, "2", "shell", CHAIN, stopping.PROGRAM]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True) as top:
+        assert top.stdout.readline() == "0 True\n"
+        _, shell, launcher, _ = [
+            psutil.Process(top.pid),
+            *psutil.Process(top.pid).children(recursive=True),
+        ]
+        shell.kill()
+        ready, _, _ = select.select([top.stdout], [], [], 0.5)
+        assert not ready, "it stopped although its launcher lives"
+        launcher.kill()
+        assert top.stdout.readline() == "gone\n"
+
+
+def test_nohup_is_honoured():
+    code = "import os, signal; from s2t2_dist.run.stopping import StopRequest\n"
+    code += "stop = StopRequest(None, None); os.kill(os.getpid(), signal.SIGHUP)\n"
+    code += "print(stop.asked())"
+    words = ["sh", "-c", 'trap "" HUP; "$0" -c "$1"', sys.executable, code]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "False\n", done.stderr

@@ -14,15 +14,19 @@ from mlflow import MlflowClient
 from s2t2_dist.cli import run
 from s2t2_dist.config import TrackingConfig
 from s2t2_dist.errors import ArtifactError
+from s2t2_dist.run import store
 from s2t2_dist.run.directory import locked
-from s2t2_dist.run.tracking import MetricsFile, MLflowShipper, flatten, is_shipped, read_metrics
+from s2t2_dist.run.link import flatten, is_shipped, open_link
+from s2t2_dist.run.metrics import MetricsFile, read_metrics
+from s2t2_dist.run.tracking import MLflowShipper, attach
 from tests.report.runs import TRANSLATE, make_recipe, write_run
 from tests.run.mlflow_server import BadNetwork, MLflowServer
 
 
 @pytest.fixture(autouse=True)
 def no_server_from_outside(monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("TRACKING_URI", "EXPERIMENT_NAME", "RUN_ID", "EXPERIMENT_ID"):
+        monkeypatch.delenv(f"MLFLOW_{name}", raising=False)
 
 
 def test_metrics_survive_a_cut_line(tmp_path):
@@ -247,6 +251,182 @@ def test_a_store_that_takes_nothing_does_not_stop_a_run(uri, tmp_path, caplog):
     assert [line["loss"] for line in read_metrics(tmp_path)] == [1.0]
     (line,) = _failures(caplog)
     assert line.startswith(f"MLflow at {uri}: ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fails", ["refusal", "cut"])
+def test_a_server_that_fails_every_second_call_gets_every_point(fails, server, tmp_path):
+    """1,636 points, each once: within seconds, but this machine may be busy."""
+    _append(tmp_path, *range(1, 819))
+    params = {f"key{i}": "x" for i in range(250)}
+    with BadNetwork(server.port) as network:
+        network.fails = fails
+        tracking = TrackingConfig(uri=network.uri, experiment=f"every-second-{fails}")
+        assert MLflowShipper(tmp_path, tracking, params).close("FINISHED", seconds=150)
+    _require_each_once(server.uri, tmp_path, range(1, 819))
+    client = MlflowClient(tracking_uri=server.uri)
+    run = client.get_run(_link(tmp_path)["run_id"])
+    assert len(run.data.params) == 250 and run.info.status == "FINISHED"
+    assert len(client.search_runs([run.info.experiment_id])) == 1
+
+
+@pytest.mark.slow
+def test_a_rate_limit_is_waited_for(server, tmp_path):
+    _append(tmp_path, *range(1, 100))
+    with BadNetwork(server.port) as network:
+        network.waits = 1
+        tracking = TrackingConfig(uri=network.uri, experiment="rate-limit")
+        assert MLflowShipper(tmp_path, tracking, {"seed": "1"}).close("FINISHED", seconds=150)
+        assert network.early <= network.calls / 2, "it came back before its time"
+    _require_each_once(server.uri, tmp_path, range(1, 100))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("status", "named"), [(401, "MLFLOW_TRACKING_USERNAME and"), (403, "may not write to the exp")]
+)
+def test_a_refusal_is_final_and_says_what_to_do(status, named, server, tmp_path, caplog):
+    _append(tmp_path, 1)
+    with BadNetwork(server.port) as network:
+        network.status = status
+        shipper = MLflowShipper(tmp_path, TrackingConfig(uri=network.uri), {})
+        began = time.monotonic()
+        assert not shipper.close("FINISHED", seconds=60)
+        assert time.monotonic() - began < 30
+        (line,) = _failures(caplog)
+        assert named in line and f"then `s2t2 track {tmp_path}`" in line and str(status) in line
+        network.status = None
+        assert MLflowShipper(tmp_path, TrackingConfig(uri=network.uri), {}).close("FINISHED")
+    _require_each_once(server.uri, tmp_path, range(1, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["run", "experiment"])
+def test_what_was_deleted_is_named_and_goes_on_when_it_is_restored(what, tmp_path, caplog):
+    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="e")
+    _append(tmp_path, 1)
+    assert MLflowShipper(tmp_path, tracking, {}).close("KILLED")
+    client, link = MlflowClient(tracking_uri=tracking.uri), _link(tmp_path)
+    ids = {"run": link["run_id"], "experiment": link["experiment_id"]}
+    getattr(client, f"delete_{what}")(ids[what])
+    _append(tmp_path, 2)
+    shipper = MLflowShipper(tmp_path, tracking, {})
+    assert not shipper.close("FINISHED", seconds=60)
+    assert "deleted" in shipper.problem and "restore" in shipper.problem
+    assert ids["run"] in shipper.problem or ids[what] in shipper.problem
+    getattr(client, f"restore_{what}")(ids[what])
+    if what == "experiment" and client.get_run(ids["run"]).info.lifecycle_stage == "deleted":
+        client.restore_run(ids["run"])
+    assert MLflowShipper(tmp_path, tracking, {}).close("FINISHED")
+    _require_each_once(tracking.uri, tmp_path, range(1, 3))
+
+
+@pytest.mark.slow
+def test_a_new_run_in_a_deleted_experiment_is_named(tmp_path):
+    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="e")
+    client = MlflowClient(tracking_uri=tracking.uri)
+    client.delete_experiment(client.create_experiment("e"))
+    _append(tmp_path, 1)
+    shipper = MLflowShipper(tmp_path, tracking, {})
+    assert not shipper.close("FINISHED", seconds=60)
+    assert "mlflow experiments restore -x" in shipper.problem
+
+
+@pytest.mark.slow
+def test_three_starts_on_a_new_database_do_not_destroy_it(tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        _append(tmp_path / name, 1)
+    words = [sys.executable, "-c", ONCE]
+    jobs = [subprocess.Popen([*words, tmp_path / name, uri]) for name in "abc"]
+    assert [job.wait(120) for job in jobs] == [0, 0, 0]
+    for name in "abc":
+        _require_each_once(uri, tmp_path / name, range(1, 2))
+
+
+ONCE = """
+import sys
+from pathlib import Path
+from s2t2_dist.config import TrackingConfig
+from s2t2_dist.run.tracking import MLflowShipper
+shipper = MLflowShipper(Path(sys.argv[1]), TrackingConfig(uri=sys.argv[2]), {})
+sys.exit(not shipper.close("FINISHED", 100))
+"""
+
+
+@pytest.mark.slow
+def test_one_run_however_its_store_is_spelled(server, tmp_path, monkeypatch):
+    """With and without a slash, by name; in between another store, whose run is kept too."""
+    other = f"sqlite:///{tmp_path}/other.db"
+    port = server.port
+    spellings = [
+        f"http://127.0.0.1:{port}",
+        f"http://127.0.0.1:{port}/",
+        f"http://localhost:{port}",
+    ]
+    for step, uri in enumerate([*spellings[:2], other, spellings[2], other], 1):
+        _append(tmp_path, step)
+        tracking = TrackingConfig(uri=uri, experiment="spelled")
+        assert MLflowShipper(tmp_path, tracking, {}).close("FINISHED")
+    for uri in (server.uri, other):
+        client = MlflowClient(tracking_uri=uri)
+        experiment = client.get_experiment_by_name("spelled")
+        (run,) = client.search_runs([experiment.experiment_id])
+        steps = [p.step for p in client.get_metric_history(run.info.run_id, "translate/loss")]
+        assert steps == ([1, 2, 3, 4] if uri != other else [1, 2, 3, 4, 5])
+
+
+@pytest.mark.slow
+def test_a_run_is_found_from_another_folder(tmp_path, monkeypatch):
+    """The default store and one that is relative are those of the first start."""
+    for uri in (None, "sqlite:///own.db"):
+        run_dir = tmp_path / f"run-{uri is None}"
+        run_dir.mkdir()
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        for step, folder in enumerate((tmp_path, tmp_path / "elsewhere"), 1):
+            monkeypatch.chdir(folder)
+            _append(run_dir, step)
+            assert MLflowShipper(run_dir, TrackingConfig(uri=uri), {}).close("FINISHED")
+        _require_each_once(_link(run_dir)["uri"], run_dir, range(1, 3))
+        assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.slow
+def test_users_find_what_they_expect(tmp_path, monkeypatch, caplog):
+    """Who ran it, from which commit; the recipe as an artifact; their experiment's name."""
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    monkeypatch.setenv("MLFLOW_RUN_ID", "abc")
+    monkeypatch.setenv("LOGNAME", "ada")
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text("seed: 1\n")
+    (run_dir / "figure.png").write_bytes(b"png")
+    _append(run_dir, 1)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracking = TrackingConfig(uri=uri, experiment="theirs")
+    assert MLflowShipper(run_dir, tracking, {}, ("config.yaml",)).close("FINISHED")
+    attach(run_dir, [run_dir / "figure.png"])
+    client = MlflowClient(tracking_uri=uri)
+    run = client.get_run(_link(run_dir)["run_id"])
+    assert client.get_experiment(run.info.experiment_id).name == "mine"
+    assert {"mlflow.user", "mlflow.source.name", "mlflow.source.type"} <= run.data.tags.keys()
+    assert sorted(a.path for a in client.list_artifacts(run.info.run_id)) == [
+        "config.yaml",
+        "figure.png",
+    ]
+    assert "MLFLOW_RUN_ID is ignored" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "", "7", '{"uri": 1}', "\0", '{"uri": "x"}'])
+def test_a_damaged_link_is_kept_aside_and_said(text, tmp_path, caplog):
+    (tmp_path / "mlflow.json").write_text(text)
+    assert not is_shipped(tmp_path)
+    place = store.choose(f"sqlite:///{tmp_path}/mlflow.db", None)
+    link = open_link(tmp_path, place)
+    assert link["shipped"] == [-1, -1] and "run_id" not in link
+    assert "MLflow gets a new run" in caplog.text
+    assert (tmp_path / ".damaged-mlflow.json").read_text() == text
 
 
 def test_flat_parameters_name_the_stage():

@@ -148,6 +148,8 @@ def test_checkpointing_is_advised_where_it_makes_the_difference():
     recipe = load_recipe(SEVEN_B, ["model.gradient_checkpointing=false"])
     plan = size_recipe(recipe, Hardware(8), 9 * GIB, CONFIGS / "olmo-7b", 512, 512)
     assert plan.take is None and "gradient_checkpointing=true" in plan.advice()
+    (named,) = [f for f in plan.files if plan.advice().endswith(f"deepspeed={f.file}")]
+    assert plan.fits(*named.stages[True])
 
 
 def test_command_prints_json(capsys):

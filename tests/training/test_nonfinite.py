@@ -130,7 +130,7 @@ def _broken_model(folder: Path, tokenizer: Path, data: Path) -> tuple[Path, list
 
 
 def _error_of(recipe: Path) -> str:
-    (error,) = [x for x in runs.output(recipe).splitlines() if x.startswith("error:")]
+    (error,) = {x for x in runs.output(recipe).splitlines() if x.startswith("error:")}
     return error
 
 
@@ -155,6 +155,10 @@ def test_bad_rows_are_skipped_counted_and_passed_by(source_tokenizer, protein_da
     saved = f"finetune-{bad[0]:06d}"
     assert "was not finite in 1 steps in a row" in _error_of(strict) and saved in _error_of(strict)
     assert (strict.parent / "run/checkpoints" / saved / "COMPLETE").exists()
+    before = runs.losses(strict.parent / "run")
+    assert runs.train(strict, 0, "max_bad_steps=1") == 2, "the same command ends again"
+    assert runs.output(strict).count("was not finite in 1 steps in a row") == 2
+    assert runs.losses(strict.parent / "run") == before
     assert runs.train(strict, 0) == 0, runs.output(strict)
     assert runs.losses(strict.parent / "run") == runs.losses(whole.parent / "run")
 
@@ -190,3 +194,14 @@ def test_a_cost_that_is_lost_is_the_users_error(source_model, protein_data, tmp_
     assert error.endswith("lower learning_rate (1e+39) in a new output_dir"), error
     assert "Traceback" not in runs.output(recipe)
     assert not list((tmp_path / "run/checkpoints").glob("*"))
+
+
+def test_a_stage_that_learned_nothing_is_said_at_the_end(source_model, protein_data, tmp_path):
+    """The run is done, and says that its result is no better than its start."""
+    stages = [{"kind": "translate", **runs.STAGE, "max_steps": 4, "learning_rate": 0}]
+    recipe = runs.write_recipe(tmp_path, source_model, protein_data, stages=stages)
+    assert runs.train(recipe, 2) == 0, runs.output(recipe)
+    line = "stage translate learned nothing: it never got below the "
+    assert runs.output(recipe).count(line) == 1
+    (warning,) = runs.status(tmp_path / "run")["warnings"]
+    assert warning.startswith(line) and "change learning_rate (0)" in warning

@@ -310,3 +310,12 @@ def test_a_malformed_tokenizer_is_named(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(DataError, match=r"tokenizer\.json is not"):
         tokenizer_sha256(tmp_path)
+
+
+@pytest.mark.parametrize("rows", [399, 401, 7])
+def test_a_vocabulary_that_does_not_fit_the_weights_is_named(folder, protein_data, rows):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": rows}))
+    message = f"config.json has vocab_size {rows}, but the embedding has 400 rows"
+    with pytest.raises(ArtifactError, match=message):
+        check(folder, protein_data)
