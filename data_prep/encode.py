@@ -1,12 +1,13 @@
 """Encode documents as token ids, and check that the ids spell the documents.
 
 A BPE model drops a character that it does not know, or writes the unknown token for it; a
-normalizer may change the text. Either would make bits per byte wrong. So there are two checks:
+normalizer may change the text. Either would make bits per byte wrong. So there are three checks:
 
 - the tokens of each document spell as many bytes as the document has;
-- the tokens of all documents of a call spell each byte value as often as their text contains it.
+- the tokens of all documents of a call spell each byte value as often as their text contains it;
+- the tokens that spell nothing are one end token for each document.
 
-A tokenizer that drops, replaces or adds a character fails one of them. No tokenizer permutes
+A tokenizer that drops, replaces or adds anything fails one of them. No tokenizer permutes
 characters, so their order is not checked.
 
 Index letters: D documents of a batch, N their token ids end to end, V tokens of the vocabulary.
@@ -82,6 +83,9 @@ class Encoder:
         token_counts = count_values(encoded.tokens_N, self._tokenizer.vocab_size)
         if (spelled_bytes(self._tokenizer, token_counts) != byte_counts).any():
             raise self._lost_text(documents)
+        ends = token_counts[self._tokenizer.eos_token_id]
+        if not ends == silent_tokens(self._tokenizer, token_counts) == len(documents):
+            raise self._lost_text(documents)
         return encoded
 
     def _encode_merges(self, first: Document, texts: list[bytes]) -> Tokens | None:
@@ -117,24 +121,53 @@ class Encoder:
     def _lost_text(self, documents: list[Document]) -> DataError:
         """The error for the first of the documents that its token ids do not spell."""
         for document in documents:
-            if self._spells(document.text):
-                continue
-            for character in dict.fromkeys(document.text):
-                if not self._spells(character):
-                    return DataError(
-                        f"document {document.id}: the tokenizer's alphabet has no {character!r}; "
-                        "use a tokenizer trained on data of this kind"
-                    )
-            return DataError(
-                f"document {document.id}: its tokens do not spell its text (a normalizer or an "
-                "added prefix changes it); use a tokenizer that keeps text as it is"
-            )
+            if problem := self._problem(document.text):
+                return DataError(f"document {document.id}: {problem}")
         raise AssertionError("each document is spelled correctly, but all together are not")
 
-    def _spells(self, text: str) -> bool:
-        spelling = self._tokenizer.token_texts
+    def _problem(self, text: str) -> str | None:
+        """What is wrong with the token ids of a text, and what to do; None if nothing is."""
+        backend, end = self._tokenizer.backend, self._tokenizer.eos_token_id
+        ids, spelled = self._spelling(text)
+        if end in ids:
+            return (
+                f"the tokenizer writes its end token {backend.id_to_token(end)!r} for text; name "
+                "an eos_token in tokenizer_config.json that no text contains"
+            )
+        if spelled == text.encode():
+            silent = [i for i in ids if not self._tokenizer.token_texts[i]]
+            return silent and (
+                f"the tokenizer adds the token {backend.id_to_token(silent[0])!r}, which stands "
+                "for no text; use a tokenizer that adds none"
+            )
+        for character in dict.fromkeys(text):
+            _, other = self._spelling(character)
+            if not other or b"\xef\xbf\xbd" in other:
+                return (
+                    f"the tokenizer's alphabet has no {character!r}; use a tokenizer trained on "
+                    "data of this kind"
+                )
+            if other != character.encode():
+                return (
+                    f"its tokens do not spell its text: {character!r} becomes "
+                    f"{other.decode(errors='backslashreplace')!r} (a normalizer or an added "
+                    "prefix); use a tokenizer that keeps text as it is"
+                )
+        return (
+            "its tokens do not spell its text (a normalizer or an added prefix changes it); use a "
+            "tokenizer that keeps text as it is"
+        )
+
+    def _spelling(self, text: str) -> tuple[list[int], bytes]:
+        """Token ids of a text, and the bytes that they stand for."""
         (ids,) = _encode(self._tokenizer, [text])
-        return b"".join([spelling[i] for i in ids]) == text.encode()
+        return ids, b"".join([self._tokenizer.token_texts[i] for i in ids])
+
+
+def silent_tokens(tokenizer: LoadedTokenizer, token_counts_V: np.ndarray) -> int:
+    """How many of the counted tokens stand for no text."""
+    sizes_V = np.array([len(text) for text in tokenizer.token_texts])
+    return int(token_counts_V[sizes_V == 0].sum())
 
 
 def spelled_bytes(tokenizer: LoadedTokenizer, token_counts_V: np.ndarray) -> np.ndarray:

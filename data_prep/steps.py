@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import packing
-from data_prep.encode import Encoder, count_values, spelled_bytes
+from data_prep.encode import Encoder, count_values, silent_tokens, spelled_bytes
 from data_prep.packing import KEY_BITS, Packing, SplitPlan
 from data_prep.parts import Documents, part_path, read_counts, write_part
 from data_prep.readers import (
@@ -267,8 +267,10 @@ class Steps:
             spelled = spelled_bytes(self.tokenizer, tokens)
             counted = self.counts[plan.split]["byte_counts"]
             assert (spelled == counted).all(), f"{plan.split} shards do not spell what was read"
+            documents = self.counts[plan.split]["documents"]
+            assert silent_tokens(self.tokenizer, tokens) == documents, "a token spells nothing"
             splits[plan.split] = {
-                "documents": self.counts[plan.split]["documents"],
+                "documents": documents,
                 "bytes": int(counted.sum()),
                 "byte_counts": {chr(b): int(n) for b, n in enumerate(counted) if n},
                 "rows": plan.rows,

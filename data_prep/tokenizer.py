@@ -1,7 +1,9 @@
 """Train tokenizers on a hash sample of the documents, and load them as sharding needs them."""
 
+import functools
 import heapq
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,8 @@ from s2t2_dist.data.shards import TOKENIZER_JSON, tokenizer_sha256
 from s2t2_dist.errors import DataError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
+# Settings of a model with which a text has another segmentation each time.
+SAMPLING = ("dropout", "alpha", "nbest_size")
 # Characters. Training takes about 90 bytes of memory for each, so about 2 GB.
 DEFAULT_SAMPLE = 20_000_000
 
@@ -130,6 +134,7 @@ class LoadedTokenizer:
 
     Attributes:
         sha256: see `tokenizer_sha256`.
+        backend: without padding, truncation and sampling; the end token is special.
         token_texts: the bytes of text that each token id stands for; empty for special tokens.
         pad_token_id: the padding token, or the end token if there is none. Readers mask padding
             by length, never by id.
@@ -178,8 +183,6 @@ def view_tokenizer(
     Raises:
         DataError: there is no end token, or the decoder is not supported.
     """
-    # A special token spelled out in a text is text, not the special token.
-    backend.encode_special_tokens = True
     spelled = (special.get(name) for name in ("eos_token", "pad_token"))
     eos, pad = (token and backend.token_to_id(token) for token in spelled)
     if eos is None:
@@ -187,8 +190,39 @@ def view_tokenizer(
             f"{directory / TOKENIZER_CONFIG} names no eos_token of this tokenizer; set it to a "
             "special token of tokenizer.json"
         )
+    # transformers takes the end token as special even where tokenizer.json does not say so.
+    backend.add_special_tokens([special["eos_token"]])
+    # A special token spelled out in a text is text, not the special token.
+    backend.encode_special_tokens = True
+    _only_map_text(backend, directory)
     texts = _token_texts(backend, directory)
+    texts[eos] = b""
     return LoadedTokenizer(backend, digest, texts, eos, eos if pad is None else pad)
+
+
+def _only_map_text(backend: Tokenizer, directory: Path) -> None:
+    """Switch off what a tokenizer.json may hold besides the map from a text to its tokens."""
+    off = []
+    if backend.padding is not None:
+        off.append("padding")
+        backend.no_padding()
+    if backend.truncation is not None:
+        off.append("truncation")
+        backend.no_truncation()
+    for name in SAMPLING:
+        if getattr(backend.model, name, None):
+            off.append(f"sampling ({name} {getattr(backend.model, name)})")
+            setattr(backend.model, name, None)
+    if off:
+        _warn_once(
+            f"{' and '.join(off)} of {directory / TOKENIZER_JSON}: switched off, because a text "
+            "has one segmentation, and all of it is encoded"
+        )
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logging.getLogger(__name__).warning(text)
 
 
 def _special_token(directory: Path, name: str) -> str | None:
