@@ -7,7 +7,8 @@ Index letters: D documents, N their token ids end to end.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,9 @@ from s2t2_dist import artifacts
 from s2t2_dist.data.shards import SPLITS
 
 COUNTS_KEY = b"counts"
+KEY_BITS = 64
+# Keys that a search for shared ones holds in memory: 300 MB.
+KEYS_AT_ONCE = 1 << 23
 
 
 class Documents(NamedTuple):
@@ -104,11 +108,67 @@ def read_range(paths: Sequence[Path], split: str, first: int, end: int) -> Docum
     return reorder(merged, np.argsort(merged.keys_D, kind="stable"))
 
 
+class Shared(NamedTuple):
+    """Documents whose key an earlier document with other tokens has.
+
+    Attributes:
+        count: their number, or one more than the limit if there are more.
+        part, key: where to find one of them; None if there is none.
+    """
+
+    count: int = 0
+    part: int | None = None
+    key: int | None = None
+
+
+def find_shared(paths: Sequence[Path], limit: int) -> Shared:
+    """Look for documents that share their key, until there are more than `limit` of them."""
+    found = Shared()
+    for split in SPLITS:
+        columns = [_columns(path, split) for path in paths]
+        total = sum(len(keys) for keys, _ in columns)
+        bits = max(0, (total // KEYS_AT_ONCE).bit_length())
+        for window in range(1 << bits):
+            low, high = (w << (KEY_BITS - bits) for w in (window, window + 1))
+            for part, key in _shared_in(columns, low, high):
+                count, first, found_key = found
+                first, found_key = (part, key) if first is None else (first, found_key)
+                found = Shared(count + 1, first, found_key)
+                if found.count > limit:
+                    return found
+    return found
+
+
+def _shared_in(columns: list[tuple], low: int, high: int) -> Iterator[tuple[int, int]]:
+    """Part and key of each document with a key in [low, high) that `Shared` counts."""
+    spans = [_bounds(keys, low, high) for keys, _ in columns]
+    keys_D = np.concatenate([keys[a:b] for (keys, _), (a, b) in zip(columns, spans, strict=True)])
+    if len(np.unique(keys_D)) == len(keys_D):
+        return
+    parts_D = np.repeat(np.arange(len(spans)), [b - a for a, b in spans])
+    rows_D = np.concatenate([np.arange(a, b) for a, b in spans])
+    order = np.argsort(keys_D, kind="stable")
+    first = None
+    for before, at in pairwise(order.tolist()):
+        if keys_D[before] != keys_D[at]:
+            first = None
+            continue
+        first = before if first is None else first
+        one, other = (columns[parts_D[i]][1][int(rows_D[i])].values for i in (first, at))
+        if not one.equals(other):
+            yield int(parts_D[at]), int(keys_D[at])
+
+
+def _bounds(keys: np.ndarray, low: int, high: int) -> tuple[int, int]:
+    """The first of ascending keys in [low, high), and the one after the last."""
+    first = int(np.searchsorted(keys, np.uint64(low)))
+    return first, len(keys) if high >> KEY_BITS else int(np.searchsorted(keys, np.uint64(high)))
+
+
 def _slice(path: Path, split: str, first: int, end: int) -> tuple[np.ndarray, np.ndarray, pa.Array]:
     """Keys in [first, end), their token offsets (one more), and all tokens; memory-mapped."""
     keys, tokens = _columns(path, split)
-    low = int(np.searchsorted(keys, np.uint64(first)))
-    high = len(keys) if end >> 64 else int(np.searchsorted(keys, np.uint64(end)))
+    low, high = _bounds(keys, first, end)
     return keys[low:high], tokens.offsets.to_numpy()[low : high + 1], tokens.values
 
 

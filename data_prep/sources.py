@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 TEXT_FORMATS = {".jsonl": "jsonl", ".txt": "text"}
 COMPRESSED = (".gz", ".zst")
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+BOM = b"\xef\xbb\xbf"
 READ_BYTES = 1 << 20
 # Bytes. Small inputs get small chunks, so that every worker has some; large inputs get large ones,
 # so that there are few part files.
