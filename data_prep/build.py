@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Literal
 
 from data_prep.bpe import plain_bpe
+from data_prep.formats import detect_format
 from data_prep.packing import SplitPlan
 from data_prep.requests import already_made, describe_sources, open_partial
 from data_prep.sources import (
     Chunk,
     OpenFile,
-    detect_format,
     progress_bar,
-    read_chunks,
     reading_progress,
 )
 from data_prep.steps import BuildOptions, Steps, is_validation
@@ -129,8 +128,7 @@ def _request(inputs: Sequence[Path], tokenizer: LoadedTokenizer, options: BuildO
         "characters": options.characters,
         "validation_fraction": options.validation_fraction,
         "seed": options.seed,
-        "strict": options.read.strict,
-        "field": options.read.field,
+        **options.read.request(),
         "dropped_ids": describe_sources([options.drop_ids])[0] if options.drop_ids else None,
     }
 
@@ -184,7 +182,7 @@ class _Build:
     def _own_chunks(self, open_file: OpenFile) -> Iterator[tuple[Chunk]]:
         """Yield this rank's chunks that have no part yet; rank 0 then records their number."""
         count = 0
-        for chunk in read_chunks(self.steps.inputs, None, open_file):
+        for chunk in self.steps.chunks(open_file):
             count += 1
             if self._is_mine(chunk.number) and not self.steps.part(chunk.number).exists():
                 yield (chunk,)

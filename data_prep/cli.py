@@ -27,7 +27,19 @@ Strict = Annotated[
         help="Refuse bad letters and empty documents; otherwise they are skipped and counted.",
     ),
 ]
-TextField = Annotated[str, typer.Option("--field", help="JSON field that holds the text.")]
+TextField = Annotated[
+    str, typer.Option("--field", help="JSON field or Parquet column that holds the text.")
+]
+IdField = Annotated[
+    str,
+    typer.Option(
+        "--id-field", help="JSON field that holds the id; '' takes the hash of the text instead."
+    ),
+]
+SkipBad = Annotated[
+    bool,
+    typer.Option("--skip-bad", help="Leave out and count records that would be an error."),
+]
 
 
 KindOption = Annotated[
@@ -57,6 +69,8 @@ def tokenizer_train(
     algorithm: AlgorithmOption = "bpe",
     strict: Strict = False,
     field: TextField = "text",
+    id_field: IdField = "id",
+    skip_bad: SkipBad = False,
 ):
     """Train a tokenizer: amino acid letters for FASTA, bytes for text.
 
@@ -67,7 +81,7 @@ def tokenizer_train(
     from data_prep.readers import ReadOptions
     from data_prep.tokenizer import train_tokenizer
 
-    read = ReadOptions(strict, field)
+    read = ReadOptions(strict, field, id_field, skip_bad)
     made = train_tokenizer(inputs, out, vocab_size, sample, read, kind, algorithm)
     _report(out, made)
 
@@ -79,6 +93,8 @@ def tokenizer_stats(
     sample: Annotated[int, typer.Option(min=1, help="Characters to encode.")] = 5_000_000,
     top: Annotated[int, typer.Option(min=1, help="Tokens to list of each kind.")] = 10,
     field: TextField = "text",
+    id_field: IdField = "id",
+    skip_bad: SkipBad = False,
 ):
     """Print how a tokenizer cuts a corpus.
 
@@ -89,7 +105,7 @@ def tokenizer_stats(
     from data_prep.readers import ReadOptions
     from data_prep.statistics import statistics_of
 
-    found = statistics_of(tokenizer, inputs, sample, ReadOptions(field=field))
+    found = statistics_of(tokenizer, inputs, sample, ReadOptions(False, field, id_field, skip_bad))
     tokens = int(found.counts_V.sum())
     print(f"{found.characters:,} characters, {tokens:,} tokens")
     print(f"{found.characters_per_token:.3f} characters per token")
@@ -111,6 +127,8 @@ def tokenizer_sweep(
     algorithm: AlgorithmOption = "bpe",
     sample: Annotated[int, typer.Option(min=1, help="Characters to use.")] = 2_000_000,
     field: TextField = "text",
+    id_field: IdField = "id",
+    skip_bad: SkipBad = False,
 ):
     """Print compression against vocabulary size.
 
@@ -125,7 +143,7 @@ def tokenizer_sweep(
         numbers = [int(size) for size in sizes.split(",")]
     except ValueError:
         raise typer.BadParameter(f"{sizes!r} is not a list of numbers like 128,512") from None
-    read = ReadOptions(field=field)
+    read = ReadOptions(False, field, id_field, skip_bad)
     print(f"{'size':>7} {'characters/token':>17} {'not used':>9} {'longest':>8}")
     for size, found in sweep(inputs, numbers, kind, algorithm, sample, read).items():
         longest = len(found.texts[found.longest[0]])
@@ -153,10 +171,13 @@ def data_build(
         typer.Option(help="Documents end to end, or none cut that fits into a row."),
     ] = "concatenate",
     drop_ids: Annotated[
-        Path | None, typer.Option(help="File whose lines begin with the id of a document to skip.")
+        Path | None,
+        typer.Option(help="File whose lines begin with ids to leave out, such as hits.m8."),
     ] = None,
     strict: Strict = False,
     field: TextField = "text",
+    id_field: IdField = "id",
+    skip_bad: SkipBad = False,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Worker processes of this rank; default: its cores.")
     ] = None,
@@ -188,7 +209,7 @@ def data_build(
         seed,
         packing,
         drop_ids,
-        ReadOptions(strict, field),
+        ReadOptions(strict, field, id_field, skip_bad),
     )
     jobs = Jobs(workers or _own_cores(), rank, ranks, only)
     made = build_shards(inputs, tokenizer, out, options, jobs)
@@ -203,6 +224,9 @@ def data_ids(
     validation_fraction: Annotated[
         float, typer.Option(help="Share of documents held out, as for `data build`.")
     ] = 0.01,
+    field: TextField = "text",
+    id_field: IdField = "id",
+    skip_bad: SkipBad = False,
 ):
     """Print the ids of a split, one per line.
 
@@ -210,15 +234,15 @@ def data_ids(
 
     Example: `s2t2 data ids uniref50.fasta.gz --split validation > validation.ids`
     """
-    from data_prep.build import is_validation
-    from data_prep.readers import read_documents
+    from data_prep.listing import split_ids
+    from data_prep.readers import ReadOptions
     from s2t2_dist.data.shards import SPLITS
 
     if split not in SPLITS:
         raise typer.BadParameter(f"{split!r} is none of {', '.join(SPLITS)}")
-    for document in read_documents(inputs):
-        if SPLITS[is_validation(document.id, validation_fraction)] == split:
-            print(document.id)
+    read = ReadOptions(False, field, id_field, skip_bad)
+    for identifier in split_ids(inputs, split, validation_fraction, read):
+        print(identifier)
 
 
 @data_app.command("check-release")
@@ -279,10 +303,9 @@ def _own_cores() -> int:
 
 def _report(out: Path, made: bool) -> None:
     """Say what was made, and on stderr what of the input was changed or left out."""
-    from data_prep.readers import ReadCounts
+    from data_prep.totals import summary
     from s2t2_dist import artifacts
 
     print(f"{out} written" if made else f"{out} is already complete")
-    summary = ReadCounts.of(artifacts.read_manifest(out).get("reading", {})).summary()
-    if summary:
-        print(f"note: {summary}", file=sys.stderr)
+    if note := summary(artifacts.read_manifest(out)):
+        print(f"note: {note}", file=sys.stderr)

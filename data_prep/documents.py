@@ -39,7 +39,7 @@ class ReadOptions:
         """The options as part of a request; the later ones only where they are not the default."""
         later = {"id_field": self.id_field, "skip_bad": self.skip_bad}
         changed = {key: value for key, value in later.items() if value != getattr(DEFAULT, key)}
-        return {"strict": self.strict, "field": self.field, **changed}
+        return {"strict": self.strict, "field": self.field} | changed
 
 
 DEFAULT = ReadOptions()

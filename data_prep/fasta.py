@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 
 from data_prep.documents import Document, ReadCounts, ReadOptions, bad_record
+from data_prep.formats import BOM
 from data_prep.ids import fasta_id, text_id
-from data_prep.sources import BOM, Chunk
+from data_prep.sources import Chunk
 from s2t2_dist.errors import DataError
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
@@ -146,7 +147,7 @@ def _is_words(line: bytes) -> bool:
     """
     if b" " not in line and b"\t" not in line:
         return False
-    groups = line.split()
+    groups = [group for group in line.replace(b"\t", b" ").split(b" ") if group]
     letters = [group for group in groups if not group.isdigit()]
     if len(letters) < 2:
         return False

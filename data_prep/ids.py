@@ -59,17 +59,11 @@ def json_id(record: dict, name: str, text: str) -> str:
     return str(value)
 
 
-# So many documents of a thousand, and in any case FEW, may have the id of another one.
-SHARED_PER_MILLE = 1
-FEW = 10
+# So many documents may have the id of another one; of many documents, one of a thousand.
+FEW_SHARED, SHARED_PER_MILLE = 10, 1
 
 
-def shared_ids_note(shared: int, example: str) -> str:
-    """What a summary says of documents whose id another document with another text has."""
-    return f"{shared:,} documents share their id with another one (such as {example!r})"
-
-
-def require_few_shared(shared: int, documents: int, example: str) -> None:
+def require_few_shared(shared: int, example: str, documents: int) -> None:
     """Check that ids tell documents apart.
 
     Args:
@@ -79,10 +73,27 @@ def require_few_shared(shared: int, documents: int, example: str) -> None:
     Raises:
         DataError: they are more than a few.
     """
-    if shared > max(FEW, documents * SHARED_PER_MILLE // 1000):
+    if shared > max(FEW_SHARED, documents * SHARED_PER_MILLE // 1000):
         raise DataError(
-            f"{shared:,} of {documents:,} documents have the id of another one, such as "
-            f"{example!r}; split, order and sample follow the id, so give ids that differ "
-            "(--id-field; in a FASTA, the first word of the header), or --id-field '' for the "
-            "hash of the text"
+            f"at least {shared:,} of {documents:,} documents have the id of another one, such as "
+            f"{example!r}; split, order and sample follow the id: give each document its own (in "
+            "a FASTA the first word of the header; of JSON, name a field with --id-field), or "
+            "take the hash of the text with --id-field ''"
         )
+
+
+# The prefixes of a FASTA id whose second field is an accession; of `gi` it is the fourth.
+DATABASES = frozenset(
+    ["sp", "tr", "ref", "gb", "emb", "dbj", "tpg", "prf", "pir", "pdb", "lcl", "uc", "cl"]
+)
+
+
+def aliases(identifier: str) -> list[str]:
+    """Other names of `sp|ACC|NAME` and its like, by which search tools call it."""
+    fields = identifier.split("|")
+    if len(fields) < 2:
+        return []
+    if fields[0] in ("sp", "tr"):
+        return [field for field in fields[1:3] if field]
+    place = 3 if fields[0] == "gi" else 1 if fields[0] in DATABASES else len(fields)
+    return [field for field in fields[place : place + 1] if field]

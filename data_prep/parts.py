@@ -8,7 +8,6 @@ Index letters: D documents, N their token ids end to end.
 
 import json
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,37 +123,38 @@ class Shared(NamedTuple):
 def find_shared(paths: Sequence[Path], limit: int) -> Shared:
     """Look for documents that share their key, until there are more than `limit` of them."""
     found = Shared()
-    for split in SPLITS:
-        columns = [_columns(path, split) for path in paths]
-        total = sum(len(keys) for keys, _ in columns)
+    for split in SPLITS if paths else ():
+        total = sum(len(_columns(path, split)[0]) for path in paths)
         bits = max(0, (total // KEYS_AT_ONCE).bit_length())
         for window in range(1 << bits):
             low, high = (w << (KEY_BITS - bits) for w in (window, window + 1))
-            for part, key in _shared_in(columns, low, high):
-                count, first, found_key = found
-                first, found_key = (part, key) if first is None else (first, found_key)
-                found = Shared(count + 1, first, found_key)
+            for part, key in _shared_in(paths, split, low, high):
+                found = Shared(found.count + 1, part, key)
                 if found.count > limit:
                     return found
     return found
 
 
-def _shared_in(columns: list[tuple], low: int, high: int) -> Iterator[tuple[int, int]]:
+def _shared_in(paths: Sequence[Path], split: str, low: int, high: int) -> Iterator[tuple[int, int]]:
     """Part and key of each document with a key in [low, high) that `Shared` counts."""
-    spans = [_bounds(keys, low, high) for keys, _ in columns]
-    keys_D = np.concatenate([keys[a:b] for (keys, _), (a, b) in zip(columns, spans, strict=True)])
-    if len(np.unique(keys_D)) == len(keys_D):
-        return
-    parts_D = np.repeat(np.arange(len(spans)), [b - a for a, b in spans])
-    rows_D = np.concatenate([np.arange(a, b) for a, b in spans])
+    keys, parts, rows = [], [], []
+    for part, path in enumerate(paths):
+        held = _columns(path, split)[0]
+        first, end = _bounds(held, low, high)
+        keys.append(held[first:end].copy())
+        parts.append(np.full(end - first, part, np.int32))
+        rows.append(np.arange(first, end, dtype=np.int64))
+    keys_D, parts_D, rows_D = map(np.concatenate, (keys, parts, rows))
     order = np.argsort(keys_D, kind="stable")
+    again = np.flatnonzero(np.diff(keys_D[order]) == 0) + 1  # places of `order`
     first = None
-    for before, at in pairwise(order.tolist()):
-        if keys_D[before] != keys_D[at]:
-            first = None
-            continue
-        first = before if first is None else first
-        one, other = (columns[parts_D[i]][1][int(rows_D[i])].values for i in (first, at))
+    for place in again.tolist():
+        before, at = order[place - 1], order[place]
+        if first is None or keys_D[first] != keys_D[at]:
+            first = before
+        one, other = (
+            _columns(paths[parts_D[i]], split)[1][int(rows_D[i])].values for i in (first, at)
+        )
         if not one.equals(other):
             yield int(parts_D[at]), int(keys_D[at])
 

@@ -53,7 +53,8 @@ def read_documents(
     """
     counts = ReadCounts() if counts is None else counts
     held = Counter()
-    for chunk in read_chunks(paths, chunk_size, open_file):
+    columns = (options.field, options.id_field)
+    for chunk in read_chunks(paths, chunk_size, open_file, columns):
         documents, found = parse_chunk(chunk, options)
         counts.add(found)
         held[chunk.path] += len(documents)

@@ -4,11 +4,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_prep.documents import DEFAULT
 from data_prep.release import release_of
 from s2t2_dist import artifacts
+from s2t2_dist.data.shards import KIND
 from s2t2_dist.errors import ArtifactError
 
 REQUEST = "request.json"
+# Options that a request names only where they are not these.
+READ_OPTIONS = {"id_field": DEFAULT.id_field, "skip_bad": DEFAULT.skip_bad}
 
 
 def describe_sources(paths: Sequence[Path]) -> list[dict]:
@@ -30,13 +34,34 @@ def already_made(target: Path, request: dict) -> bool:
     """
     if not target.exists():
         return False
-    manifest = artifacts.verify(target, hashes=False)
-    differing = [key for key, value in request.items() if manifest.get(key) != value]
+    manifest = artifacts.verify(target, hashes=request.get("kind") != KIND)  # shards are large
+    differing = differences(request, manifest)
     if differing:
-        raise ArtifactError(
-            f"{target} was made with another {', '.join(differing)}; choose another folder"
-        )
+        raise ArtifactError(f"{target} was made with another {differing}; choose another folder")
     return True
+
+
+def differences(request: dict, other: dict) -> str:
+    """Names of what differs between two requests, with short values; empty if nothing does.
+
+    A file of another UniProt release is another file; that its release was checked is no
+    difference.
+    """
+    named = []
+    for key in dict.fromkeys([*request, *READ_OPTIONS]):
+        found, wanted = (
+            _comparable(each.get(key, READ_OPTIONS.get(key))) for each in (other, request)
+        )
+        if found != wanted:
+            short = not isinstance(found, list | dict) and len(f"{found}{wanted}") < 60
+            named.append(f"{key} ({found!r}, not {wanted!r})" if short else key)
+    return ", ".join(named)
+
+
+def _comparable(value: object) -> object:
+    if not isinstance(value, list):
+        return value
+    return [{k: v for k, v in entry.items() if k != "release"} for entry in value]
 
 
 def open_partial(target: Path, request: dict) -> Path:
@@ -59,10 +84,9 @@ def open_partial(target: Path, request: dict) -> Path:
         finally:
             own.unlink()
     found = artifacts.read_manifest(partial) if sealed else artifacts.read_json(stated)
-    differing = [key for key, value in request.items() if found.get(key) != value]
-    if differing:
+    if differing := differences(request, found):
         raise ArtifactError(
-            f"{partial} holds an unfinished build with another {', '.join(differing)}; finish it, "
-            "remove it, or choose another folder"
+            f"{partial} holds an unfinished build with another {differing}; finish it, remove it, "
+            "or choose another folder"
         )
     return partial

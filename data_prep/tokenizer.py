@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from data_prep.formats import detect_format
+from data_prep.ids import require_few_shared
 from data_prep.readers import (
     DEFAULT_READ,
     Document,
@@ -19,7 +21,7 @@ from data_prep.readers import (
     read_documents,
 )
 from data_prep.requests import already_made, describe_sources
-from data_prep.sources import detect_format, reading_progress
+from data_prep.sources import reading_progress
 from data_prep.trainers import Algorithm, Kind, special_tokens, train
 from s2t2_dist import artifacts
 from s2t2_dist.data.shards import TOKENIZER_JSON, tokenizer_sha256
@@ -60,7 +62,7 @@ def train_tokenizer(
         raise DataError("--algorithm unigram needs SentencePiece; add --kind sentencepiece")
     protein = is_protein(inputs)
     request = {"kind": "tokenizer", "vocab_size": vocab_size, "sample_characters": sample}
-    request |= {"trainer": kind, "algorithm": algorithm}
+    request |= {"trainer": kind, "algorithm": algorithm, **read.request()}
     request["sources"] = describe_sources(inputs)
     if already_made(target, request):
         return False
@@ -73,6 +75,7 @@ def train_tokenizer(
     record = {
         **request,
         "reading": counts.record(),
+        "shared_ids": dict(zip(("documents", "example"), _shared_ids(documents), strict=True)),
         "trained_on": {"documents": len(texts), "characters": sum(map(len, texts))},
     }
     with artifacts.sealed_directory(target, record) as directory:
@@ -85,6 +88,9 @@ def sample_documents(documents: Iterable[Document], characters: int) -> list[Doc
 
     One pass; memory holds only the sample. The result does not depend on the order of the
     documents (UniRef is sorted by length). It has at least one document, if there is any.
+
+    Raises:
+        DataError: many of them share their id.
     """
     heap: list[tuple[int, Document]] = []
     total, limit = 0, 1 << 64
@@ -98,7 +104,16 @@ def sample_documents(documents: Iterable[Document], characters: int) -> list[Doc
             dropped, last = heapq.heappop(heap)
             limit = -dropped
             total -= len(last.text)
-    return [document for _, document in sorted(heap, reverse=True)]
+    sampled = [document for _, document in sorted(heap, reverse=True)]
+    require_few_shared(*_shared_ids(sampled), len(sampled))
+    return sampled
+
+
+def _shared_ids(documents: Sequence[Document]) -> tuple[int, str]:
+    """Documents whose id an earlier one with another text has: their number, and such an id."""
+    first: dict[str, str] = {}
+    shared = [id for id, text in documents if first.setdefault(id, text) != text]
+    return len(shared), shared[0] if shared else ""
 
 
 def save_tokenizer(tokenizer: Tokenizer, special: dict[str, str], directory: Path) -> None:

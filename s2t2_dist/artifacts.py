@@ -75,7 +75,7 @@ def read_json(path: Path) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtifactError(f"{path} does not exist") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is not valid JSON ({error}); was it edited or cut?") from None
 
 
@@ -123,11 +123,20 @@ def read_manifest(directory: Path) -> dict:
         ArtifactError: the directory was not sealed, or the manifest was changed since.
     """
     if not is_complete(directory):
-        what = "has no COMPLETE file: it was not finished" if directory.is_dir() else "is missing"
-        raise ArtifactError(f"{directory} {what}; make it again")
-    if (directory / COMPLETE).read_text().strip() != sha256_file(directory / MANIFEST):
-        raise ArtifactError(f"{directory / MANIFEST} was changed after it was sealed")
-    return read_json(directory / MANIFEST)
+        if not directory.is_dir():
+            what = "is a file, not a folder" if directory.exists() else "is missing"
+            raise ArtifactError(
+                f"{directory} {what}; give a folder that was made, or make it again"
+            )
+        raise ArtifactError(
+            f"{directory} has no {COMPLETE} file: it was not finished; make it again"
+        )
+    manifest = directory / MANIFEST
+    if not manifest.is_file():
+        raise ArtifactError(f"{manifest} is missing beside {COMPLETE}; copy the folder again")
+    if (directory / COMPLETE).read_bytes().strip() != sha256_file(manifest).encode():
+        raise ArtifactError(f"{manifest} was changed after it was sealed")
+    return read_json(manifest)
 
 
 def verify(
@@ -156,7 +165,8 @@ def verify(
 def verify_file(path: Path, entry: dict, hashes: bool) -> None:
     """Check one file against its entry in the manifest; raises what `verify` raises."""
     if not path.is_file():
-        raise ArtifactError(f"{path} is missing, but the manifest lists it; make it again")
+        what = "is not a file" if path.exists() else "is missing"
+        raise ArtifactError(f"{path} {what}, but the manifest lists it; make it again")
     size = path.stat().st_size
     if size != entry["bytes"]:
         raise ArtifactError(f"{path} has {size} bytes, the manifest says {entry['bytes']}")
