@@ -20,13 +20,9 @@ from typing import Literal
 from data_prep.bpe import plain_bpe
 from data_prep.formats import detect_format
 from data_prep.packing import SplitPlan
+from data_prep.progress import OpenFile, reading_progress, tracked, waiting
 from data_prep.requests import already_made, describe_sources, open_partial
-from data_prep.sources import (
-    Chunk,
-    OpenFile,
-    progress_bar,
-    reading_progress,
-)
+from data_prep.sources import Chunk
 from data_prep.steps import BuildOptions, Steps, is_validation
 from data_prep.tokenizer import LoadedTokenizer, load_tokenizer
 from data_prep.workers import Workers
@@ -190,11 +186,13 @@ class _Build:
             self.steps.set_part_count(count)
 
     def _plan(self, workers: Workers) -> list[SplitPlan]:
-        self.steps.check_counts()
-        return [
-            self.steps.plan(split, lambda windows: workers.map("window_rows", windows))
-            for split in SPLITS
-        ]
+        with waiting("Adding up the parts"):
+            self.steps.check_counts()
+        with waiting("Planning the shards"):
+            return [
+                self.steps.plan(split, lambda windows: workers.map("window_rows", windows))
+                for split in SPLITS
+            ]
 
     def _pack(self, workers: Workers, plans: list[SplitPlan]) -> None:
         shards = [(plan, shard) for plan in plans for shard in range(plan.shards)]
@@ -204,10 +202,8 @@ class _Build:
             for number, (plan, shard) in enumerate(shards)
             if self._is_mine(number) and (plan.split, shard) in missing
         ]
-        with progress_bar() as progress:
-            packed = workers.map("pack", mine)
-            for _ in progress.track(packed, total=len(mine), description="Packing shards"):
-                pass
+        for _ in tracked(workers.map("pack", mine), len(mine), "Packing shards"):
+            pass
 
     def _is_mine(self, number: int) -> bool:
         return number % self.jobs.ranks == self.jobs.rank

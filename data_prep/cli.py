@@ -17,7 +17,9 @@ data_app = typer.Typer(no_args_is_help=True, help="Turn FASTA or text into train
 
 Inputs = Annotated[
     list[Path],
-    typer.Argument(help="FASTA, .jsonl or .txt files, as they are or compressed (.gz, .zst)."),
+    typer.Argument(
+        help="FASTA, .jsonl, .txt or Parquet files, plain or compressed; folders; - for stdin."
+    ),
 ]
 OutDir = Annotated[Path, typer.Option("--out", help="Folder to make; never overwritten.")]
 Strict = Annotated[
@@ -78,11 +80,13 @@ def tokenizer_train(
 
     Example: `s2t2 tokenizer train uniref50.fasta.gz --vocab-size 512 --out tokenizers/protein`
     """
+    from data_prep.inputs import gathered
     from data_prep.readers import ReadOptions
     from data_prep.tokenizer import train_tokenizer
 
     read = ReadOptions(strict, field, id_field, skip_bad)
-    made = train_tokenizer(inputs, out, vocab_size, sample, read, kind, algorithm)
+    with gathered(inputs) as files:
+        made = train_tokenizer(files, out, vocab_size, sample, read, kind, algorithm)
     _report(out, made)
 
 
@@ -102,10 +106,13 @@ def tokenizer_stats(
 
     Example: `s2t2 tokenizer stats tokenizers/protein uniref50.fasta.gz`
     """
+    from data_prep.inputs import gathered
     from data_prep.readers import ReadOptions
     from data_prep.statistics import statistics_of
 
-    found = statistics_of(tokenizer, inputs, sample, ReadOptions(False, field, id_field, skip_bad))
+    with gathered(inputs) as files:
+        read = ReadOptions(False, field, id_field, skip_bad)
+        found = statistics_of(tokenizer, files, sample, read)
     tokens = int(found.counts_V.sum())
     print(f"{found.characters:,} characters, {tokens:,} tokens")
     print(f"{found.characters_per_token:.3f} characters per token")
@@ -120,9 +127,10 @@ def tokenizer_sweep(
     sizes: Annotated[
         str,
         typer.Option(
-            help="Vocabulary sizes, separated by commas.", show_default="powers of 2, 32 to 8192"
+            help="Vocabulary sizes, separated by commas.",
+            show_default="powers of 2 that hold the alphabet, to 8192",
         ),
-    ] = "32,64,128,256,512,1024,2048,4096,8192",
+    ] = "",
     kind: KindOption = "bpe",
     algorithm: AlgorithmOption = "bpe",
     sample: Annotated[int, typer.Option(min=1, help="Characters to use.")] = 2_000_000,
@@ -136,19 +144,26 @@ def tokenizer_sweep(
 
     Example: `s2t2 tokenizer sweep uniref50.fasta.gz --sizes 128,512,2048`
     """
+    from data_prep.inputs import gathered
     from data_prep.readers import ReadOptions
-    from data_prep.statistics import sweep
+    from data_prep.statistics import TokenStatistics, sweep
 
     try:
-        numbers = [int(size) for size in sizes.split(",")]
+        numbers = [int(size) for size in sizes.split(",") if size]
     except ValueError:
         raise typer.BadParameter(f"{sizes!r} is not a list of numbers like 128,512") from None
     read = ReadOptions(False, field, id_field, skip_bad)
-    print(f"{'size':>7} {'characters/token':>17} {'not used':>9} {'longest':>8}")
-    for size, found in sweep(inputs, numbers, kind, algorithm, sample, read).items():
+    heads = [f"{'size':>7} {'characters/token':>17} {'not used':>9} {'longest':>8}"]
+
+    def show(size: int, found: TokenStatistics) -> None:
+        while heads:
+            print(heads.pop())
         longest = len(found.texts[found.longest[0]])
         shown = f"{found.characters_per_token:>17.3f} {len(found.unused):>9} {longest:>8}"
-        print(f"{size:>7} {shown}")
+        print(f"{size:>7} {shown}", flush=True)
+
+    with gathered(inputs) as files:
+        sweep(files, numbers, kind, algorithm, sample, read, show)
 
 
 @data_app.command("build")
@@ -200,19 +215,16 @@ def data_build(
     Example: `s2t2 data build uniref50.fasta.gz --tokenizer tokenizers/protein --out data/protein`
     """
     from data_prep.build import BuildOptions, Jobs, build_shards
+    from data_prep.inputs import gathered
     from data_prep.readers import ReadOptions
 
-    options = BuildOptions(
-        context,
-        validation_fraction,
-        characters,
-        seed,
-        packing,
-        drop_ids,
-        ReadOptions(strict, field, id_field, skip_bad),
-    )
+    read = ReadOptions(strict, field, id_field, skip_bad)
     jobs = Jobs(workers or _own_cores(), rank, ranks, only)
-    made = build_shards(inputs, tokenizer, out, options, jobs)
+    with gathered(inputs, ranks) as files, gathered([drop_ids] * bool(drop_ids), ranks) as drop:
+        options = BuildOptions(
+            context, validation_fraction, characters, seed, packing, *(drop or [None]), read
+        )
+        made = build_shards(files, tokenizer, out, options, jobs)
     if only in (None, "seal") and rank == 0:
         _report(out, made)
 
@@ -234,6 +246,7 @@ def data_ids(
 
     Example: `s2t2 data ids uniref50.fasta.gz --split validation > validation.ids`
     """
+    from data_prep.inputs import gathered
     from data_prep.listing import split_ids
     from data_prep.readers import ReadOptions
     from s2t2_dist.data.shards import SPLITS
@@ -241,8 +254,9 @@ def data_ids(
     if split not in SPLITS:
         raise typer.BadParameter(f"{split!r} is none of {', '.join(SPLITS)}")
     read = ReadOptions(False, field, id_field, skip_bad)
-    for identifier in split_ids(inputs, split, validation_fraction, read):
-        print(identifier)
+    with gathered(inputs) as files:
+        for identifier in split_ids(files, split, validation_fraction, read):
+            print(identifier)
 
 
 @data_app.command("check-release")
@@ -272,10 +286,13 @@ def data_verify(
 
     Example: `s2t2 data verify data/protein`
     """
+    from data_prep.progress import waiting
     from s2t2_dist.data.shards import SPLITS, ShardReader
 
+    with waiting(f"Reading every file of {directory}"):
+        ShardReader(directory, SPLITS[0], verify="full")
     for split in SPLITS:
-        reader = ShardReader(directory, split, verify="full" if split == SPLITS[0] else "size")
+        reader = ShardReader(directory, split)
         held = reader.metadata["splits"][split]
         print(
             f"{split}: {held['documents']:,} documents, {held['bytes']:,} bytes, "

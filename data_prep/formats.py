@@ -70,7 +70,7 @@ def detect_format(path: Path) -> str:
             head = _head(path, raw)
     except PermissionError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); ask for permission") from None
-    name = _name(path)
+    name = name_suffix(path)
     named = NAMED.get(name)
     if not head:
         if named:
@@ -86,10 +86,20 @@ def detect_format(path: Path) -> str:
     raise DataError(f"{path} {_unknown(head)}")
 
 
-def _name(path: Path) -> str:
+def name_suffix(path: Path) -> str:
     """The last suffix of a file's name that is not of a compression, in lower case."""
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSED]
     return suffixes[-1] if suffixes else ""
+
+
+def is_text(path: Path) -> bool:
+    """Whether a file begins with UTF-8 text."""
+    with path.open("rb") as raw:
+        head = _head(path, raw)
+    try:
+        return bool(head) and "\0" not in codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
 
 
 def _head(path: Path, raw: BinaryIO) -> bytes:

@@ -60,8 +60,8 @@ def _document(line: bytes, options: ReadOptions) -> Document:
             f"{expected}{_name(text)} in that field; write text there, or name another field with "
             "--field"
         )
-    identifier = json_id(record, options.id_field, text)
     try:
+        identifier = json_id(record, options.id_field, text)
         (identifier + text).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]

@@ -14,7 +14,8 @@ from data_prep.documents import Document, ReadCounts, ReadOptions
 from data_prep.fasta import LETTERS, RARE_RESIDUES, RESIDUES, parse_fasta
 from data_prep.ids import id_hash, id_hashes, text_id
 from data_prep.json_lines import parse_jsonl
-from data_prep.sources import Chunk, OpenFile, open_binary, read_chunks
+from data_prep.progress import OpenFile
+from data_prep.sources import Chunk, open_binary, read_chunks
 from s2t2_dist.errors import DataError
 
 __all__ = [

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.documents import DEFAULT
+from data_prep.progress import waiting
 from data_prep.release import release_of
 from s2t2_dist import artifacts
 from s2t2_dist.data.shards import KIND
@@ -19,7 +20,8 @@ def describe_sources(paths: Sequence[Path]) -> list[dict]:
     """Name, size in bytes and sha256 of each file, and its UniProt release if it was checked."""
     described = []
     for path in paths:
-        sha256 = artifacts.sha256_file(path)
+        with waiting(f"Hashing {path}"):
+            sha256 = artifacts.sha256_file(path)
         entry = {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256}
         release = release_of(path, sha256)
         described.append({**entry, "release": release} if release else entry)

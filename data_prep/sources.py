@@ -6,18 +6,17 @@ numbered chunks and can work on its own share of them. Memory holds one chunk.
 
 import io
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from data_prep.formats import READ_BYTES, decoded, detect_format
 from data_prep.parquet import parquet_lines
+from data_prep.progress import OpenFile
 from s2t2_dist.errors import DataError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    pass
 
 # Bytes. Small inputs get small chunks, so that every worker has some; large inputs get large ones,
 # so that there are few part files.
@@ -26,8 +25,6 @@ CHUNKS_OF_SMALL = 32
 # Bytes; bounds memory. Far above any protein (36,000 residues) or source file.
 LONGEST_DOCUMENT = 1 << 28
 BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
-
-OpenFile = Callable[[Path], BinaryIO]
 
 
 class Chunk(NamedTuple):
@@ -49,24 +46,6 @@ class Chunk(NamedTuple):
 def open_binary(path: Path) -> BinaryIO:
     """Open a file for reading bytes."""
     return path.open("rb")
-
-
-@contextmanager
-def progress_bar() -> Iterator["Progress"]:
-    """Yield a progress bar on stderr, which shows only if stderr is a terminal."""
-    from rich.console import Console  # imported here because workers never need it
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not sys.stderr.isatty(), transient=True) as progress:
-        yield progress
-
-
-@contextmanager
-def reading_progress(doing: str) -> Iterator[OpenFile]:
-    """Yield a function that opens files and shows in a progress bar how far they are read."""
-    with progress_bar() as progress:
-        yield lambda path: progress.open(path, "rb", description=f"{doing} {path.name}")
 
 
 def chunk_bytes(paths: Sequence[Path]) -> int:

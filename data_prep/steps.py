@@ -15,15 +15,16 @@ from data_prep.drop_ids import DropList
 from data_prep.encode import Encoder, count_values, silent_tokens, spelled_bytes
 from data_prep.packing import KEY_BITS, Packing, SplitPlan
 from data_prep.parts import Documents, part_path, write_part
+from data_prep.progress import OpenFile, reading_progress
 from data_prep.readers import (
     ReadOptions,
     id_hash,
     id_hashes,
     parse_chunk,
 )
-from data_prep.sources import Chunk, OpenFile, open_binary, read_chunks, reading_progress
+from data_prep.sources import Chunk, open_binary, read_chunks
 from data_prep.tokenizer import LoadedTokenizer, load_tokenizer
-from data_prep.totals import Totals, check_totals, read_totals
+from data_prep.totals import Totals, check_totals, nucleotides, read_totals
 from s2t2_dist import artifacts
 from s2t2_dist.data.shards import SPLITS, TOKEN_BYTES, TOKENIZER_DIR, shard_schema
 from s2t2_dist.errors import DataError
@@ -147,6 +148,7 @@ class Steps:
         validation = np.array([each < limit for each in split_hashes.tolist()], bool)
         counts = {
             "input": self.inputs.index(chunk.path),
+            "kind": chunk.kind,
             "read": read.record(),
             "listed": listed,
             "dropped": {
@@ -284,6 +286,7 @@ class Steps:
             "dropped": self._dropped_record(),
             "shared_ids": dict(zip(("documents", "example"), self.totals.shared, strict=True)),
             "splits": splits,
+            **nucleotides(self.totals),
         }
         artifacts.seal(self.partial, record, files)
 

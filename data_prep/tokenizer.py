@@ -8,10 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from data_prep.formats import detect_format
 from data_prep.ids import require_few_shared
+from data_prep.progress import reading_progress, waiting
 from data_prep.readers import (
     DEFAULT_READ,
     Document,
@@ -21,7 +23,7 @@ from data_prep.readers import (
     read_documents,
 )
 from data_prep.requests import already_made, describe_sources
-from data_prep.sources import reading_progress
+from data_prep.totals import nucleotide_share
 from data_prep.trainers import Algorithm, Kind, special_tokens, train
 from s2t2_dist import artifacts
 from s2t2_dist.data.shards import TOKENIZER_JSON, tokenizer_sha256
@@ -70,7 +72,8 @@ def train_tokenizer(
     with reading_progress("Sampling") as open_file:
         documents = sample_documents(read_documents(inputs, read, counts, open_file), sample)
     texts = [document.text for document in documents]
-    tokenizer = train(texts, vocab_size, protein, kind, algorithm)
+    with waiting(f"Training on {sum(map(len, texts)):,} characters"):
+        tokenizer = train(texts, vocab_size, protein, kind, algorithm)
     _check_round_trip(tokenizer, texts)
     record = {
         **request,
@@ -78,6 +81,9 @@ def train_tokenizer(
         "shared_ids": dict(zip(("documents", "example"), _shared_ids(documents), strict=True)),
         "trained_on": {"documents": len(texts), "characters": sum(map(len, texts))},
     }
+    if protein:
+        letters = np.frombuffer("".join(texts).encode(), np.uint8)
+        record |= nucleotide_share(np.bincount(letters, minlength=256))
     with artifacts.sealed_directory(target, record) as directory:
         save_tokenizer(tokenizer, special_tokens(protein), directory)
     return True

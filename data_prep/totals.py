@@ -35,6 +35,7 @@ class Totals:
         dropped: documents and characters left out by a list of ids.
         listed: what `DropList.match` found of that list.
         held: documents by input file.
+        kinds: formats of the input.
         splits: by name.
         shared: documents whose id an earlier document with another text has, and one such id.
     """
@@ -43,6 +44,7 @@ class Totals:
     dropped: Counter
     listed: set[int]
     held: Counter
+    kinds: set[str]
     splits: dict[str, SplitTotals]
     shared: tuple[int, str] = (0, "")
 
@@ -61,11 +63,12 @@ def read_totals(
         id_of: the id of the document of a part (by number) that has a key.
     """
     splits = {split: SplitTotals() for split in SPLITS}
-    total = Totals(ReadCounts(), Counter(), set(), Counter(), splits)
+    total = Totals(ReadCounts(), Counter(), set(), Counter(), set(), splits)
     for part in parts:
         found = read_counts(part)
         read = ReadCounts.of(found["read"])
         total.read.add(read)
+        total.kinds.add(found["kind"])
         total.listed.update(found.get("listed", ()))
         total.dropped.update(found["dropped"])
         total.held[inputs[found["input"]]] += read.documents
@@ -87,12 +90,30 @@ def check_totals(total: Totals, inputs: Sequence[Path], fraction: float) -> None
     """
     require_documents(inputs, total.held)
     require_few_shared(*total.shared, total.documents)
+    if not total.documents:
+        raise DataError(
+            f"all {total.dropped['documents']:,} documents are dropped by --drop-ids; give another "
+            "list or more data"
+        )
     for name, split in total.splits.items():
         if not split.documents:
             raise DataError(
                 f"none of the {total.documents} documents falls into {name} at a validation "
                 f"fraction of {fraction}; give more data or another fraction"
             )
+
+
+def nucleotides(total: Totals) -> dict:
+    """What the manifest says if the sequences of a FASTA look like DNA or RNA; else nothing."""
+    if total.kinds != {"fasta"}:
+        return {}
+    return nucleotide_share(sum(split.byte_counts for split in total.splits.values()))
+
+
+def nucleotide_share(byte_counts: np.ndarray) -> dict:
+    """The same from how often each letter occurs, (256,) int64."""
+    share = byte_counts[list(NUCLEOTIDES)].sum() / max(int(byte_counts.sum()), 1)
+    return {"nucleotide_share": round(float(share), 4)} if share > MANY else {}
 
 
 def summary(manifest: dict) -> str:
@@ -103,6 +124,11 @@ def summary(manifest: dict) -> str:
         parts.append(
             f"{shared['documents']:,} documents have the id of another one, such as "
             f"{shared['example']!r}"
+        )
+    if "nucleotide_share" in manifest:
+        parts.append(
+            f"{manifest['nucleotide_share']:.1%} of the residues are A, C, G, T, U or N: is this "
+            "DNA or RNA? It was read as protein; translate it first"
         )
     dropped = manifest.get("dropped", {})
     if "ids_listed" in dropped:

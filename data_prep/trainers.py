@@ -25,6 +25,8 @@ Algorithm = Literal["bpe", "unigram"]
 MAX_TOKEN_LENGTH = 32
 # A pair seen once is noise, not a unit.
 MIN_FREQUENCY = 2
+# Tokens; the library reserves memory for all of them.
+LARGEST_VOCABULARY = 1 << 20
 # Characters. SentencePiece's BPE stores positions in a word in 16 bits.
 LONGEST_WORD = 60_000
 
@@ -40,16 +42,8 @@ def train(
     Raises:
         DataError: the size is below the alphabet's, or the texts do not yield so many tokens.
     """
-    special = special_tokens(protein)
-    alphabet = list(RESIDUES + RARE_RESIDUES)
-    if not protein:
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    smallest = len(special) + len(alphabet)
-    if vocab_size < smallest:
-        raise DataError(
-            f"a vocabulary of {vocab_size} is too small: the alphabet and the special tokens "
-            f"are {smallest}; ask for at least as many"
-        )
+    require_vocabulary(vocab_size, protein)
+    special, alphabet = special_tokens(protein), _alphabet(protein)
     if kind == "bpe":
         tokenizer = Tokenizer(models.BPE(unk_token=special.get("unk_token")))
     else:
@@ -80,6 +74,29 @@ def train(
 def special_tokens(protein: bool) -> dict[str, str]:
     """Special tokens by name, in the order of their ids, which count from 0."""
     return PROTEIN_SPECIAL if protein else TEXT_SPECIAL
+
+
+def _alphabet(protein: bool) -> list[str]:
+    return list(RESIDUES + RARE_RESIDUES) if protein else sorted(_byte_level().alphabet())
+
+
+def smallest_vocabulary(protein: bool) -> int:
+    """Tokens of the alphabet and special tokens."""
+    return len(special_tokens(protein)) + len(_alphabet(protein))
+
+
+def require_vocabulary(size: int, protein: bool) -> None:
+    """Raise a DataError for a vocabulary that no tokenizer can have."""
+    smallest = smallest_vocabulary(protein)
+    if size < smallest:
+        raise DataError(
+            f"a vocabulary of {size} is too small: the alphabet and the special tokens "
+            f"are {smallest}; ask for at least as many"
+        )
+    if size > LARGEST_VOCABULARY:
+        raise DataError(
+            f"a vocabulary of {size} is too large; ask for at most {LARGEST_VOCABULARY:,}"
+        )
 
 
 def _byte_level() -> pre_tokenizers.ByteLevel:
