@@ -1,57 +1,34 @@
-"""The commands `s2t2 tokenizer` and `s2t2 data`, and the options that they share.
+"""The commands `s2t2 tokenizer` and `s2t2 data`.
 
 Commands import what they need when they run, so that `s2t2 --help` answers at once.
 """
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from data_prep.cli_options import (
+    AlgorithmOption,
+    IdField,
+    Inputs,
+    KindOption,
+    OutDir,
+    SkipBad,
+    Strict,
+    TextField,
+    own_cores,
+    report,
+    require_rank,
+    stoppable,
+)
+
+__all__ = ["OutDir", "data_app", "tokenizer_app"]
+
 tokenizer_app = typer.Typer(
     no_args_is_help=True, help="Train and compare tokenizers of the new domain."
 )
 data_app = typer.Typer(no_args_is_help=True, help="Turn FASTA or text into training rows.")
-
-Inputs = Annotated[
-    list[Path],
-    typer.Argument(
-        help="FASTA, .jsonl, .txt or Parquet files, plain or compressed; folders; - for stdin."
-    ),
-]
-OutDir = Annotated[Path, typer.Option("--out", help="Folder to make; never overwritten.")]
-Strict = Annotated[
-    bool,
-    typer.Option(
-        "--strict",
-        help="Refuse bad letters and empty documents; otherwise they are skipped and counted.",
-    ),
-]
-TextField = Annotated[
-    str, typer.Option("--field", help="JSON field or Parquet column that holds the text.")
-]
-IdField = Annotated[
-    str,
-    typer.Option(
-        "--id-field", help="JSON field that holds the id; '' takes the hash of the text instead."
-    ),
-]
-SkipBad = Annotated[
-    bool,
-    typer.Option("--skip-bad", help="Leave out and count records that would be an error."),
-]
-
-
-KindOption = Annotated[
-    Literal["bpe", "sentencepiece"],
-    typer.Option("--kind", help="Library that trains: tokenizers (BPE) or SentencePiece."),
-]
-AlgorithmOption = Annotated[
-    Literal["bpe", "unigram"],
-    typer.Option("--algorithm", help="Model that it trains; unigram by SentencePiece only."),
-]
 
 
 @tokenizer_app.command("train")
@@ -85,9 +62,9 @@ def tokenizer_train(
     from data_prep.tokenizer import train_tokenizer
 
     read = ReadOptions(strict, field, id_field, skip_bad)
-    with gathered(inputs) as files:
+    with stoppable("nothing is left of it"), gathered(inputs) as files:
         made = train_tokenizer(files, out, vocab_size, sample, read, kind, algorithm)
-    _report(out, made)
+    report(out, made)
 
 
 @tokenizer_app.command("stats")
@@ -168,6 +145,7 @@ def tokenizer_sweep(
 
 @data_app.command("build")
 def data_build(
+    context_of: typer.Context,
     inputs: Inputs,
     out: OutDir,
     tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json.")],
@@ -218,15 +196,21 @@ def data_build(
     from data_prep.inputs import gathered
     from data_prep.readers import ReadOptions
 
+    require_rank(context_of)
     read = ReadOptions(strict, field, id_field, skip_bad)
-    jobs = Jobs(workers or _own_cores(), rank, ranks, only)
-    with gathered(inputs, ranks) as files, gathered([drop_ids] * bool(drop_ids), ranks) as drop:
+    jobs = Jobs(workers or own_cores(), rank, ranks, only)
+    goes_on = "the same command goes on where it stopped"
+    with (
+        stoppable(goes_on),
+        gathered(inputs, ranks) as files,
+        gathered([drop_ids] * bool(drop_ids), ranks) as drop,
+    ):
         options = BuildOptions(
             context, validation_fraction, characters, seed, packing, *(drop or [None]), read
         )
         made = build_shards(files, tokenizer, out, options, jobs)
     if only in (None, "seal") and rank == 0:
-        _report(out, made)
+        report(out, made)
 
 
 @data_app.command("ids")
@@ -308,21 +292,3 @@ def _spelled(found, tokens: list[int]) -> str:
         f"{found.texts[i].decode('utf-8', 'replace')!r} {found.counts_V[i] / total:.2%}"
         for i in tokens
     )
-
-
-def _own_cores() -> int:
-    """Cores that this process may use, shared with the other ranks of its machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # What DeepSpeed's launcher and torchrun say.
-    here = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"
-    return max(1, (cores or 1) // int(here))
-
-
-def _report(out: Path, made: bool) -> None:
-    """Say what was made, and on stderr what of the input was changed or left out."""
-    from data_prep.totals import summary
-    from s2t2_dist import artifacts
-
-    print(f"{out} written" if made else f"{out} is already complete")
-    if note := summary(artifacts.read_manifest(out)):
-        print(f"note: {note}", file=sys.stderr)

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.ids import id_hash, require_few_shared
+from data_prep.options import is_validation, require_fraction
 from data_prep.progress import reading_progress
 from data_prep.readers import ReadOptions, read_documents
-from data_prep.steps import is_validation, require_fraction
 from s2t2_dist.data.shards import SPLITS
 from s2t2_dist.errors import DataError
 

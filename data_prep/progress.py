@@ -23,11 +23,6 @@ def waiting(doing: str, state: Callable[[], str] = str) -> Iterator[None]:
         doing: such as "Training on 20,000,000 characters".
         state: what to add to it, such as " 40%".
     """
-    if sys.stderr.isatty():
-        with _bar() as progress:
-            progress.add_task(doing, total=None)
-            yield
-        return
     begin, done = time.monotonic(), threading.Event()
 
     def speak() -> None:

@@ -4,7 +4,7 @@ import io
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -13,21 +13,17 @@ import numpy as np
 from data_prep import packing
 from data_prep.drop_ids import DropList
 from data_prep.encode import Encoder, count_values, silent_tokens, spelled_bytes
-from data_prep.packing import KEY_BITS, Packing, SplitPlan
+from data_prep.options import BuildOptions
+from data_prep.packing import KEY_BITS, SplitPlan
 from data_prep.parts import Documents, part_path, write_part
 from data_prep.progress import OpenFile, reading_progress
-from data_prep.readers import (
-    ReadOptions,
-    id_hash,
-    id_hashes,
-    parse_chunk,
-)
+from data_prep.readers import id_hashes, parse_chunk
 from data_prep.sources import Chunk, open_binary, read_chunks
 from data_prep.tokenizer import LoadedTokenizer, load_tokenizer
 from data_prep.totals import Totals, check_totals, nucleotides, read_totals
 from s2t2_dist import artifacts
 from s2t2_dist.data.shards import SPLITS, TOKEN_BYTES, TOKENIZER_DIR, shard_schema
-from s2t2_dist.errors import DataError
+from s2t2_dist.errors import S2T2Error
 
 # Files copied from the tokenizer's folder, which may be a model folder with weights.
 TOKENIZER_FILES = (
@@ -41,55 +37,6 @@ TEMPORARY = "tmp"
 
 
 @dataclass(frozen=True)
-class BuildOptions:
-    """How rows are made.
-
-    Attributes:
-        context: tokens per row, at least 2.
-        validation_fraction: share of the documents in the validation split, between 0 and 1;
-            the hash of its id puts a document there.
-        characters: encode every character as one token (the paper, section 3: "training domain
-            tokens are bytes").
-        seed: seed of the document order; the split does not depend on it.
-        packing: how rows are filled; see `data_prep.packing`.
-        drop_ids: file of documents to leave out; see `data_prep.drop_ids`.
-        read: how the input is read.
-
-    Raises:
-        DataError: a value is out of range, or `drop_ids` is not a file.
-    """
-
-    context: int
-    validation_fraction: float = 0.01
-    characters: bool = False
-    seed: int = 0
-    packing: Packing = "concatenate"
-    drop_ids: Path | None = None
-    read: ReadOptions = field(default_factory=ReadOptions)
-
-    def __post_init__(self):
-        if self.context < 2:
-            raise DataError(f"a context of {self.context} is too short; give at least 2 tokens")
-        require_fraction(self.validation_fraction)
-        if self.drop_ids and not self.drop_ids.is_file():
-            raise DataError(f"{self.drop_ids} is not a file; give a file with one id per line")
-
-
-def require_fraction(fraction: float) -> None:
-    """Raise a DataError unless a validation fraction is between 0 and 1."""
-    if not 0 < fraction < 1:
-        raise DataError(
-            f"a validation fraction of {fraction} is not between 0 and 1; give a share of the "
-            "documents such as 0.01"
-        )
-
-
-def is_validation(identifier: str, fraction: float) -> bool:
-    """Whether a document is in the validation split; depends on its id and the fraction alone."""
-    return id_hash(identifier, "split") < fraction * 2**KEY_BITS
-
-
-@dataclass(frozen=True)
 class Steps:
     """The work of a build, in a folder that its processes share.
 
@@ -97,6 +44,7 @@ class Steps:
         request: everything that decides the result; the manifest and every shard record it.
         partial: the shared folder.
         rank: part of the names of temporary files, so that machines do not share one.
+        inode: of the shared folder; another one in its place is not this build's.
     """
 
     tokenizer_dir: Path
@@ -105,6 +53,7 @@ class Steps:
     inputs: tuple[Path, ...]
     partial: Path
     rank: int
+    inode: int
 
     @cached_property
     def tokenizer(self) -> LoadedTokenizer:
@@ -164,6 +113,7 @@ class Steps:
             splits.append(Documents(keys[chosen], encoded.lengths_D, encoded.tokens_N))
             byte_counts = encoded.byte_counts.tolist()
             counts[split] = {"documents": len(chosen), "byte_counts": byte_counts}
+        self._require_folder()
         self.work.mkdir(exist_ok=True)
         write_part(self.part(chunk.number), splits, counts, self._temporary)
 
@@ -178,12 +128,12 @@ class Steps:
         count = artifacts.read_json(self.work / "parts.json")["parts"]
         return [self.part(number) for number in range(count)]
 
-    def missing_parts(self) -> list[Path] | None:
-        """The parts that are still to be made; None until their number is recorded."""
+    def missing_parts(self) -> list[int] | None:
+        """Numbers of the parts that are still to be made; None until they were counted."""
         if not (self.work / "parts.json").exists():
             return None
         there = {path.name for path in self.work.iterdir()}
-        return [path for path in self.parts if path.name not in there]
+        return [number for number, path in enumerate(self.parts) if path.name not in there]
 
     @cached_property
     def totals(self) -> Totals:
@@ -234,6 +184,7 @@ class Steps:
 
         packing.write_shard(scratch, schema, counted(), pad)
         (entry,) = artifacts.describe_files(self.work, [scratch.name]).values()
+        self._require_folder()
         scratch.replace(target)
         first, end = plan.shard_rows(shard)
         mark = {"file": entry, "rows": end - first, "token_counts": token_counts.tolist()}
@@ -241,11 +192,9 @@ class Steps:
         artifacts.write_json(own, mark)
         own.replace(self._mark(plan, shard))
 
-    def missing_shards(self, plans: list[SplitPlan]) -> list[tuple[SplitPlan, int]]:
-        """The shards that are still to be made."""
-        there = {path.name for path in self.work.iterdir()}
-        shards = [(plan, shard) for plan in plans for shard in range(plan.shards)]
-        return [each for each in shards if self._mark(*each).name not in there]
+    def is_packed(self, plan: SplitPlan, shard: int) -> bool:
+        """Whether a shard is made."""
+        return self._mark(plan, shard).exists()
 
     def seal(self, plans: list[SplitPlan]) -> None:
         """Write the tokenizer, `token_bytes.npy`, the manifest and the completion mark.
@@ -307,6 +256,7 @@ class Steps:
             elif path.name not in {*listed, artifacts.MANIFEST, artifacts.COMPLETE}:
                 path.unlink(missing_ok=True)
         artifacts.publish(self.partial, target)
+        shutil.rmtree(target.parent / f".{target.name}.ranks", ignore_errors=True)
 
     def remove_temporaries(self) -> None:
         """Remove leftovers of killed processes; safe only if no other rank runs."""
@@ -316,6 +266,14 @@ class Steps:
     def remove(self) -> None:
         """Remove the shared folder."""
         shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _require_folder(self) -> None:
+        """Raise an S2T2Error if another build has taken the shared folder over."""
+        if not (self.partial.exists() and self.partial.stat().st_ino == self.inode):
+            raise S2T2Error(
+                f"{self.partial} was removed or replaced by another build while this one ran; run "
+                "this command again when that has ended"
+            )
 
     @property
     def _temporary(self) -> str:

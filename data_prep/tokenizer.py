@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from data_prep.formats import detect_format
 from data_prep.ids import require_few_shared
 from data_prep.progress import reading_progress, waiting
+from data_prep.ranks import exclusive
 from data_prep.readers import (
     DEFAULT_READ,
     Document,
@@ -62,18 +63,32 @@ def train_tokenizer(
     """
     if (kind, algorithm) == ("bpe", "unigram"):
         raise DataError("--algorithm unigram needs SentencePiece; add --kind sentencepiece")
-    protein = is_protein(inputs)
+    is_protein(inputs)  # report wrong files before hashing gigabytes
     request = {"kind": "tokenizer", "vocab_size": vocab_size, "sample_characters": sample}
     request |= {"trainer": kind, "algorithm": algorithm, **read.request()}
     request["sources"] = describe_sources(inputs)
     if already_made(target, request):
         return False
+    with exclusive(target):
+        if already_made(target, request):  # by the process that held the lock
+            return False
+        _train(inputs, target, request, read)
+    return True
+
+
+def _train(inputs: Sequence[Path], target: Path, request: dict, read: ReadOptions) -> None:
+    """Train the tokenizer of a request and publish it."""
+    protein = is_protein(inputs)
     counts = ReadCounts()
     with reading_progress("Sampling") as open_file:
-        documents = sample_documents(read_documents(inputs, read, counts, open_file), sample)
+        documents = sample_documents(
+            read_documents(inputs, read, counts, open_file), request["sample_characters"]
+        )
     texts = [document.text for document in documents]
     with waiting(f"Training on {sum(map(len, texts)):,} characters"):
-        tokenizer = train(texts, vocab_size, protein, kind, algorithm)
+        tokenizer = train(
+            texts, request["vocab_size"], protein, request["trainer"], request["algorithm"]
+        )
     _check_round_trip(tokenizer, texts)
     record = {
         **request,
@@ -86,7 +101,6 @@ def train_tokenizer(
         record |= nucleotide_share(np.bincount(letters, minlength=256))
     with artifacts.sealed_directory(target, record) as directory:
         save_tokenizer(tokenizer, special_tokens(protein), directory)
-    return True
 
 
 def sample_documents(documents: Iterable[Document], characters: int) -> list[Document]:
@@ -250,9 +264,10 @@ def _special_token(directory: Path, name: str) -> str | None:
     path = directory / TOKENIZER_CONFIG
     try:
         token = json.loads(path.read_text(encoding="utf-8")).get(name)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}); copy the tokenizer again") from None
-    return token["content"] if isinstance(token, dict) else token
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 def _token_texts(backend: Tokenizer, directory: Path) -> list[bytes]:

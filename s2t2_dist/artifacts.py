@@ -22,6 +22,9 @@ from s2t2_dist.errors import ArtifactError, S2T2Error
 
 MANIFEST = "manifest.json"
 COMPLETE = "COMPLETE"
+SEAL = (MANIFEST, COMPLETE)
+# Errors of a path that no folder or file can have.
+UNUSABLE = (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def sha256_file(path: Path) -> str:
@@ -84,7 +87,7 @@ def list_files(directory: Path) -> list[str]:
     return sorted(
         path.relative_to(directory).as_posix()
         for path in directory.rglob("*")
-        if path.is_file() and path.name not in (MANIFEST, COMPLETE)
+        if path.is_file() and path.name not in SEAL
     )
 
 
@@ -181,6 +184,20 @@ def publish(temporary: Path, target: Path) -> None:
     fsync_path(target.parent)
 
 
+def make_parent(target: Path) -> None:
+    """Make the folders above a result.
+
+    Raises:
+        ArtifactError: one of them is a file.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ArtifactError(
+            f"{target} cannot be made, because a folder above it is a file; choose another folder"
+        ) from None
+
+
 @contextmanager
 def sealed_directory(target: Path, record: dict) -> Iterator[Path]:
     """Yield a temporary directory that becomes `target`, sealed, when the block succeeds.
@@ -193,7 +210,7 @@ def sealed_directory(target: Path, record: dict) -> Iterator[Path]:
     """
     if target.exists():
         raise ArtifactError(f"{target} exists; choose another folder or remove it yourself")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(target)
     temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -207,7 +224,7 @@ def sealed_directory(target: Path, record: dict) -> Iterator[Path]:
 
 
 def disk_error(error: OSError, doing: str) -> S2T2Error | None:
-    """The one-line error for a full or read-only disk; None for any other OSError.
+    """The one-line error for a full or read-only disk or a wrong path; None for another OSError.
 
     Args:
         doing: what was being done, for the message: "saving X".
@@ -215,5 +232,10 @@ def disk_error(error: OSError, doing: str) -> S2T2Error | None:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return S2T2Error(f"no space left while {doing} ({error}); free space and run again")
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        path = Path(os.fsdecode(error.filename or ""))
+        if path.is_file() and not os.access(path, os.R_OK):
+            return S2T2Error(f"not allowed to read while {doing} ({error}); ask for permission")
         return S2T2Error(f"not allowed to write while {doing} ({error}); choose another folder")
+    if error.errno in UNUSABLE:
+        return S2T2Error(f"a path cannot be used while {doing} ({error}); give another one")
     return None

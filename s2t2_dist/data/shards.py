@@ -61,7 +61,7 @@ def tokenizer_sha256(directory: Path | str) -> str:
         raise DataError(f"{path} does not exist; give a folder with a Hugging Face tokenizer")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}); copy the tokenizer again") from None
     if not isinstance(content, dict):
         raise DataError(f"{path} is not a tokenizer (no JSON object); copy the tokenizer again")
