@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.bpe import plain_bpe
+from data_prep.cuts import LONGEST_PIECE, PIECE_CHARACTERS, Cuts, cut
 from data_prep.readers import Document
 from data_prep.tokenizer import LoadedTokenizer
 from s2t2_dist.data.shards import token_dtype
@@ -27,6 +28,8 @@ from s2t2_dist.errors import DataError
 
 # Characters per call of the tokenizer; the result takes 100 bytes for each, and so fits a cache.
 BATCH_CHARACTERS = 100_000
+# Characters of a batch's first document that are encoded with both libraries.
+CHECKED_CHARACTERS = 100_000
 # Values per call of np.bincount, which takes 8 bytes for each.
 COUNTED_AT_ONCE = 1 << 20
 
@@ -59,6 +62,7 @@ class Encoder:
         self._tokenizer = tokenizer
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._table = _CharacterTable(tokenizer) if characters else None
+        self._cuts = Cuts(tokenizer, characters)
         self._bpe = None if characters else plain_bpe(tokenizer.backend)
         self._sizes = np.array([len(text) for text in tokenizer.token_texts], np.int32)
 
@@ -72,13 +76,11 @@ class Encoder:
         tokens, lengths = [np.empty(0, self._dtype)], [np.empty(0, np.int64)]
         byte_counts = np.zeros(256, np.int64)
         for batch in batches(documents):
-            texts = [document.text.encode() for document in batch]
-            found = self._encode_merges(batch[0], texts) or self._encode_lists(batch)
-            tokens.append(found[0])
-            lengths.append(found[1])
-            byte_counts += count_values(np.frombuffer(b"".join(texts), np.uint8), 256)
-            if not self._fits(texts, *found):
-                raise self._lost_text(batch)
+            is_long = len(batch[0].text) > PIECE_CHARACTERS
+            found = self._encode_long(batch[0]) if is_long else self._encode_batch(batch)
+            tokens.append(found.tokens_N)
+            lengths.append(found.lengths_D)
+            byte_counts += found.byte_counts
         encoded = Encoded(np.concatenate(tokens), np.concatenate(lengths), byte_counts)
         token_counts = count_values(encoded.tokens_N, self._tokenizer.vocab_size)
         if (spelled_bytes(self._tokenizer, token_counts) != byte_counts).any():
@@ -88,6 +90,26 @@ class Encoder:
             raise self._lost_text(documents)
         return encoded
 
+    def _encode_batch(self, batch: list[Document]) -> Encoded:
+        texts = [document.text.encode() for document in batch]
+        found = self._encode_merges(batch[0], texts) or self._encode_lists(batch)
+        if not self._fits(texts, *found):
+            raise self._lost_text(batch)
+        byte_counts = count_values(np.frombuffer(b"".join(texts), np.uint8), 256)
+        return Encoded(*found, byte_counts)
+
+    def _encode_long(self, document: Document) -> Encoded:
+        """Encode a document in pieces, because the libraries take 40 to 130 bytes a character."""
+        longest = None if self._bpe else LONGEST_PIECE
+        pieces = cut(document, self._cuts, longest)
+        found = [self._encode_batch(batch) for batch in batches(pieces)]
+        tokens_N = np.concatenate([each.tokens_N for each in found])
+        lengths_P = np.concatenate([each.lengths_D for each in found])
+        ends = np.cumsum(lengths_P) - 1  # of the pieces; only the last is the document's
+        tokens_N = np.delete(tokens_N, ends[:-1])
+        byte_counts = sum(each.byte_counts for each in found)
+        return Encoded(tokens_N, np.array([len(tokens_N)], np.int64), byte_counts)
+
     def _encode_merges(self, first: Document, texts: list[bytes]) -> Tokens | None:
         """Encode with `PlainBPE`; None if it cannot encode with this tokenizer or these texts.
 
@@ -95,10 +117,15 @@ class Encoder:
         """
         if self._bpe is None:
             return None
-        found = self._bpe.encode(texts, self._tokenizer.eos_token_id, self._dtype)
+        end = self._tokenizer.eos_token_id
+        found = self._bpe.encode(texts, end, self._dtype)
         if found is not None:
             tokens_N, lengths_D = found
-            (expected,) = _encode(self._tokenizer, [first.text])
+            text = first.text
+            if len(text) > CHECKED_CHARACTERS:
+                text = text[:CHECKED_CHARACTERS]
+                tokens_N, lengths_D = self._bpe.encode([text.encode()], end, self._dtype)
+            (expected,) = _encode(self._tokenizer, [text])
             same = tokens_N[: lengths_D[0] - 1].tolist() == expected
             assert same, f"bpe.cpp and `tokenizers` encode {first.id} differently"
         return found
@@ -187,12 +214,15 @@ def count_values(values: np.ndarray, size: int) -> np.ndarray:
 
 
 def batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
-    """Yield the documents in lists of about BATCH_CHARACTERS characters."""
+    """Yield the documents in lists of about BATCH_CHARACTERS characters; long ones alone."""
     batch, size = [], 0
     for document in documents:
+        if len(document.text) > PIECE_CHARACTERS and batch:
+            yield batch
+            batch, size = [], 0
         batch.append(document)
         size += len(document.text)
-        if size >= BATCH_CHARACTERS:
+        if size >= min(BATCH_CHARACTERS, PIECE_CHARACTERS):
             yield batch
             batch, size = [], 0
     if batch:

@@ -111,7 +111,7 @@ def _cut(path: Path, kind: str, blocks: Iterator[bytes], size: int) -> Iterator[
                 "that the file has line ends"
             )
         else:
-            wanted = 2 * len(data)
+            wanted = min(2 * len(data), LONGEST_DOCUMENT + 1)
     if held.tell():
         yield held.getvalue()
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.encode import Encoder, count_values
-from data_prep.progress import reading_progress, waiting
-from data_prep.readers import DEFAULT_READ, Document, ReadOptions, read_documents
+from data_prep.progress import waiting
+from data_prep.readers import DEFAULT_READ, Document, ReadOptions
 from data_prep.tokenizer import (
     LoadedTokenizer,
     is_protein,
     load_tokenizer,
-    sample_documents,
+    read_sample,
     view_tokenizer,
 )
 from data_prep.trainers import (
@@ -87,14 +87,9 @@ def statistics_of(
         DataError: bad input or tokenizer, or a document that the tokenizer cannot spell.
     """
     tokenizer = load_tokenizer(directory)
-    documents = _sampled(inputs, sample, read)
+    documents = read_sample(inputs, sample, read)
     with waiting("Encoding the sample"):
         return token_statistics(tokenizer, documents)
-
-
-def _sampled(inputs: Sequence[Path], sample: int, read: ReadOptions) -> list[Document]:
-    with reading_progress("Sampling") as open_file:
-        return sample_documents(read_documents(inputs, read, open_file=open_file), sample)
 
 
 def sweep(
@@ -127,7 +122,7 @@ def sweep(
     sizes = sizes or [1 << bit for bit in range(smallest.bit_length(), SWEEP_LARGEST.bit_length())]
     for size in sizes:
         require_vocabulary(size, protein)
-    documents = _sampled(inputs, sample, read)
+    documents = read_sample(inputs, sample, read)
     measured, trained = documents[::HOLD_OUT_EVERY], documents
     if len(documents) >= HOLD_OUT_EVERY:
         trained = [d for i, d in enumerate(documents) if i % HOLD_OUT_EVERY]

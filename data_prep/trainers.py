@@ -9,7 +9,8 @@ off. Its result is converted to a `tokenizers` model, so both libraries give the
 """
 
 import io
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import sentencepiece
@@ -29,6 +30,10 @@ MIN_FREQUENCY = 2
 LARGEST_VOCABULARY = 1 << 20
 # Characters. SentencePiece's BPE stores positions in a word in 16 bits.
 LONGEST_WORD = 60_000
+# Characters. A longer word is cut for `tokenizers`, whose merges take time that grows with the
+# square of a word.
+WORD_PIECE = 1024
+LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
 
 PROTEIN_SPECIAL = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
 TEXT_SPECIAL = {"eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}
@@ -60,7 +65,7 @@ def train(
             min_frequency=MIN_FREQUENCY,
             show_progress=False,
         )
-        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.train_from_iterator(_cut_words(texts), trainer)
     else:
         tokenizer.add_special_tokens(list(special.values()))
     if tokenizer.get_vocab_size() < vocab_size:
@@ -101,6 +106,18 @@ def require_vocabulary(size: int, protein: bool) -> None:
 
 def _byte_level() -> pre_tokenizers.ByteLevel:
     return pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def _cut_words(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, each word of over LONGEST_WORD characters in pieces."""
+    for text in texts:
+        start = 0
+        if len(text) > LONGEST_WORD:
+            for match in LONG_WORD.finditer(text):
+                for end in range(match.start() + WORD_PIECE, match.end(), WORD_PIECE):
+                    yield text[start:end]
+                    start = end
+        yield text[start:]
 
 
 def _words(texts: Sequence[str], protein: bool, alphabet: list[str]) -> Iterator[str]:

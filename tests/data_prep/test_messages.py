@@ -166,7 +166,7 @@ def test_files_without_permission(tmp_path, protein_fasta, protein_tokenizer):
         pytest.skip("needs setpriv to be another user")
     user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     for forbidden, verb in (
-        ("p.fasta", "cannot be read"),
+        ("p.fasta", "not readable"),
         ("tokenizer.json", "not allowed to read"),
     ):
         folder = tmp_path / forbidden
