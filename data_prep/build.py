@@ -13,22 +13,19 @@ bytes of the result do not depend on how many processes took part.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from data_prep.bpe import plain_bpe
+from data_prep.formats import detect_format
+from data_prep.options import BuildOptions, is_validation
 from data_prep.packing import SplitPlan
-from data_prep.requests import already_made, describe_sources, open_partial
-from data_prep.sources import (
-    Chunk,
-    OpenFile,
-    detect_format,
-    progress_bar,
-    read_chunks,
-    reading_progress,
-)
-from data_prep.steps import BuildOptions, Steps, is_validation
+from data_prep.progress import OpenFile, reading_progress, tracked, waiting
+from data_prep.ranks import Ranks, exclusive
+from data_prep.requests import already_made, describe_sources, mark_failed, open_partial
+from data_prep.sources import Chunk
+from data_prep.steps import Steps
 from data_prep.tokenizer import LoadedTokenizer, load_tokenizer
 from data_prep.workers import Workers
 from s2t2_dist import artifacts
@@ -90,29 +87,44 @@ def build_shards(
         S2T2Error: the disk is full or read-only, a worker was killed, or files of another rank
             are missing.
     """
-    for path in inputs:
-        detect_format(path)  # report a wrong file before hashing gigabytes
-    tokenizer = load_tokenizer(tokenizer_dir)
-    request = _request(inputs, tokenizer, options)
-    if already_made(target, request):
-        return False
-    partial = open_partial(target, request)
-    steps = Steps(tokenizer_dir, options, request, tuple(inputs), partial, jobs.rank)
-    if sum(path.stat().st_size for path in inputs) < SMALL_INPUT:
-        jobs = Jobs(1, jobs.rank, jobs.ranks, jobs.only)
-    plain_bpe(tokenizer.backend)  # compile once, before the workers start
+    with Ranks(target, jobs.rank, jobs.ranks) as ranks:
+        for path in inputs:
+            detect_format(path)  # report a wrong file before hashing gigabytes
+        tokenizer = load_tokenizer(tokenizer_dir)
+        request = _request(inputs, tokenizer, options)
+        if already_made(target, request):
+            return False
+        with exclusive(target, jobs.rank):
+            if already_made(target, request):  # by the process that held the lock
+                return False
+            partial = open_partial(target, request, jobs.rank)
+            steps = Steps(
+                tokenizer_dir, options, request, tuple(inputs), partial, jobs.rank,
+                partial.stat().st_ino,
+            )  # fmt: skip
+            if sum(path.stat().st_size for path in inputs) < SMALL_INPUT:
+                jobs = replace(jobs, workers=1)
+            plain_bpe(tokenizer.backend)  # compile once, before the workers start
+            _run(_Build(steps, jobs, target, ranks))
+    return True
+
+
+def _run(build: "_Build") -> None:
+    """Run a build, and clean up after bad input."""
+    steps = build.steps
     try:
-        _Build(steps, jobs, target).run()
+        build.run()
     except DataError:
-        if jobs.ranks == 1:
+        if build.jobs.ranks == 1:
             steps.remove()
+        else:
+            mark_failed(steps.partial)
         raise
     except OSError as error:
-        problem = artifacts.disk_error(error, f"building {target}")
+        problem = artifacts.disk_error(error, f"building {build.target}")
         if problem is None:
             raise
-        raise S2T2Error(f"{problem}; finished files stay in {partial}") from None
-    return True
+        raise S2T2Error(f"{problem}; finished files stay in {steps.partial}") from None
 
 
 def _request(inputs: Sequence[Path], tokenizer: LoadedTokenizer, options: BuildOptions) -> dict:
@@ -129,8 +141,7 @@ def _request(inputs: Sequence[Path], tokenizer: LoadedTokenizer, options: BuildO
         "characters": options.characters,
         "validation_fraction": options.validation_fraction,
         "seed": options.seed,
-        "strict": options.read.strict,
-        "field": options.read.field,
+        **options.read.request(),
         "dropped_ids": describe_sources([options.drop_ids])[0] if options.drop_ids else None,
     }
 
@@ -138,8 +149,8 @@ def _request(inputs: Sequence[Path], tokenizer: LoadedTokenizer, options: BuildO
 class _Build:
     """One rank's share of a build."""
 
-    def __init__(self, steps: Steps, jobs: Jobs, target: Path):
-        self.steps, self.jobs, self.target = steps, jobs, target
+    def __init__(self, steps: Steps, jobs: Jobs, target: Path, ranks: Ranks):
+        self.steps, self.jobs, self.target, self.ranks = steps, jobs, target, ranks
 
     def run(self) -> None:
         """Run the steps; a rank that is slow may find that rank 0 has published the result."""
@@ -170,7 +181,7 @@ class _Build:
                     self._pack(workers, plans)
             if only == "pack" or self.jobs.rank != 0:
                 return
-            self._wait(lambda: steps.missing_shards(plans), "pack")
+            self._wait(lambda: self._missing_shards(plans), "pack")
             steps.seal(plans)
         steps.publish(self.target)
 
@@ -179,12 +190,12 @@ class _Build:
             return
         with reading_progress("Encoding") as open_file:
             for _ in workers.map("encode", self._own_chunks(open_file)):
-                pass
+                self.ranks.require([])
 
     def _own_chunks(self, open_file: OpenFile) -> Iterator[tuple[Chunk]]:
         """Yield this rank's chunks that have no part yet; rank 0 then records their number."""
         count = 0
-        for chunk in read_chunks(self.steps.inputs, None, open_file):
+        for chunk in self.steps.chunks(open_file):
             count += 1
             if self._is_mine(chunk.number) and not self.steps.part(chunk.number).exists():
                 yield (chunk,)
@@ -192,43 +203,56 @@ class _Build:
             self.steps.set_part_count(count)
 
     def _plan(self, workers: Workers) -> list[SplitPlan]:
-        self.steps.check_counts()
-        return [
-            self.steps.plan(split, lambda windows: workers.map("window_rows", windows))
-            for split in SPLITS
-        ]
+        with waiting("Adding up the parts"):
+            self.steps.check_counts()
+        with waiting("Planning the shards"):
+            return [
+                self.steps.plan(split, lambda windows: workers.map("window_rows", windows))
+                for split in SPLITS
+            ]
+
+    def _missing_shards(self, plans: list[SplitPlan]) -> list[int]:
+        """Numbers of the shards that are not packed, counted over all splits."""
+        shards = [(plan, shard) for plan in plans for shard in range(plan.shards)]
+        return [n for n, each in enumerate(shards) if not self.steps.is_packed(*each)]
 
     def _pack(self, workers: Workers, plans: list[SplitPlan]) -> None:
         shards = [(plan, shard) for plan in plans for shard in range(plan.shards)]
-        missing = {(plan.split, shard) for plan, shard in self.steps.missing_shards(plans)}
-        mine = [
-            (plan, shard)
-            for number, (plan, shard) in enumerate(shards)
-            if self._is_mine(number) and (plan.split, shard) in missing
-        ]
-        with progress_bar() as progress:
-            packed = workers.map("pack", mine)
-            for _ in progress.track(packed, total=len(mine), description="Packing shards"):
-                pass
+        mine = [shards[n] for n in self._missing_shards(plans) if self._is_mine(n)]
+        for _ in tracked(workers.map("pack", mine), len(mine), "Packing shards"):
+            self.ranks.require([])
 
     def _is_mine(self, number: int) -> bool:
         return number % self.jobs.ranks == self.jobs.rank
 
-    def _wait(self, missing: Callable[[], list | None], step: Step) -> None:
+    def _wait(self, missing: Callable[[], list[int] | None], step: Step) -> None:
         """Return when no file of a step is missing; wait if other ranks run at the same time.
+
+        Args:
+            missing: numbers of the files that are missing, or None if rank 0 has yet to count them.
 
         Raises:
             S2T2Error: files are missing, and no other rank runs or none of them makes progress.
         """
-        waiting = self.jobs.ranks > 1 and self.jobs.only is None
+        if (left := missing()) == []:
+            return
+        if self.jobs.ranks == 1 or self.jobs.only is not None:
+            raise self._unfinished(left, step)
         last, since = None, time.monotonic()
-        while (left := missing()) != []:
-            if left != last:
-                last, since = left, time.monotonic()
-            if not waiting or self._is_published() or time.monotonic() - since > PATIENCE_SECONDS:
-                count = "an unknown number" if left is None else len(left)
-                raise S2T2Error(
-                    f"the step {step} is not finished in {self.steps.partial} (files missing: "
-                    f"{count}); run that step on every rank (of {self.jobs.ranks}), then this one"
-                )
-            time.sleep(POLL_SECONDS)
+        waited_for: list[int] = []
+        with waiting(f"Rank {self.jobs.rank} waits for ", lambda: self.ranks.describe(waited_for)):
+            while (left := missing()) != []:
+                if left != last:
+                    last, since = left, time.monotonic()
+                if self._is_published() or time.monotonic() - since > PATIENCE_SECONDS:
+                    raise self._unfinished(left, step)
+                waited_for[:] = {number % self.jobs.ranks for number in left or [0]}
+                self.ranks.require(waited_for)
+                time.sleep(POLL_SECONDS)
+
+    def _unfinished(self, left: list[int] | None, step: Step) -> S2T2Error:
+        count = "an unknown number" if left is None else len(left)
+        return S2T2Error(
+            f"the step {step} is not finished in {self.steps.partial} (files missing: {count}); "
+            f"run that step on every rank (of {self.jobs.ranks}), then this one"
+        )

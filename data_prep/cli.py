@@ -1,43 +1,34 @@
-"""The commands `s2t2 tokenizer` and `s2t2 data`, and the options that they share.
+"""The commands `s2t2 tokenizer` and `s2t2 data`.
 
 Commands import what they need when they run, so that `s2t2 --help` answers at once.
 """
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from data_prep.cli_options import (
+    AlgorithmOption,
+    IdField,
+    Inputs,
+    KindOption,
+    OutDir,
+    SkipBad,
+    Strict,
+    TextField,
+    own_cores,
+    report,
+    require_rank,
+    stoppable,
+)
+
+__all__ = ["OutDir", "data_app", "tokenizer_app"]
+
 tokenizer_app = typer.Typer(
     no_args_is_help=True, help="Train and compare tokenizers of the new domain."
 )
 data_app = typer.Typer(no_args_is_help=True, help="Turn FASTA or text into training rows.")
-
-Inputs = Annotated[
-    list[Path],
-    typer.Argument(help="FASTA, .jsonl or .txt files, as they are or compressed (.gz, .zst)."),
-]
-OutDir = Annotated[Path, typer.Option("--out", help="Folder to make; never overwritten.")]
-Strict = Annotated[
-    bool,
-    typer.Option(
-        "--strict",
-        help="Refuse bad letters and empty documents; otherwise they are skipped and counted.",
-    ),
-]
-TextField = Annotated[str, typer.Option("--field", help="JSON field that holds the text.")]
-
-
-KindOption = Annotated[
-    Literal["bpe", "sentencepiece"],
-    typer.Option("--kind", help="Library that trains: tokenizers (BPE) or SentencePiece."),
-]
-AlgorithmOption = Annotated[
-    Literal["bpe", "unigram"],
-    typer.Option("--algorithm", help="Model that it trains; unigram by SentencePiece only."),
-]
 
 
 @tokenizer_app.command("train")
@@ -57,6 +48,8 @@ def tokenizer_train(
     algorithm: AlgorithmOption = "bpe",
     strict: Strict = False,
     field: TextField = "text",
+    id_field: IdField = "id",
+    skip_bad: SkipBad = False,
 ):
     """Train a tokenizer: amino acid letters for FASTA, bytes for text.
 
@@ -64,12 +57,14 @@ def tokenizer_train(
 
     Example: `s2t2 tokenizer train uniref50.fasta.gz --vocab-size 512 --out tokenizers/protein`
     """
+    from data_prep.inputs import gathered
     from data_prep.readers import ReadOptions
     from data_prep.tokenizer import train_tokenizer
 
-    read = ReadOptions(strict, field)
-    made = train_tokenizer(inputs, out, vocab_size, sample, read, kind, algorithm)
-    _report(out, made)
+    read = ReadOptions(strict, field, id_field, skip_bad)
+    with stoppable("nothing is left of it"), gathered(inputs) as files:
+        made = train_tokenizer(files, out, vocab_size, sample, read, kind, algorithm)
+    report(out, made)
 
 
 @tokenizer_app.command("stats")
@@ -79,6 +74,8 @@ def tokenizer_stats(
     sample: Annotated[int, typer.Option(min=1, help="Characters to encode.")] = 5_000_000,
     top: Annotated[int, typer.Option(min=1, help="Tokens to list of each kind.")] = 10,
     field: TextField = "text",
+    id_field: IdField = "id",
+    skip_bad: SkipBad = False,
 ):
     """Print how a tokenizer cuts a corpus.
 
@@ -86,10 +83,13 @@ def tokenizer_stats(
 
     Example: `s2t2 tokenizer stats tokenizers/protein uniref50.fasta.gz`
     """
+    from data_prep.inputs import gathered
     from data_prep.readers import ReadOptions
     from data_prep.statistics import statistics_of
 
-    found = statistics_of(tokenizer, inputs, sample, ReadOptions(field=field))
+    with gathered(inputs) as files:
+        read = ReadOptions(False, field, id_field, skip_bad)
+        found = statistics_of(tokenizer, files, sample, read)
     tokens = int(found.counts_V.sum())
     print(f"{found.characters:,} characters, {tokens:,} tokens")
     print(f"{found.characters_per_token:.3f} characters per token")
@@ -104,13 +104,16 @@ def tokenizer_sweep(
     sizes: Annotated[
         str,
         typer.Option(
-            help="Vocabulary sizes, separated by commas.", show_default="powers of 2, 32 to 8192"
+            help="Vocabulary sizes, separated by commas.",
+            show_default="powers of 2 that hold the alphabet, to 8192",
         ),
-    ] = "32,64,128,256,512,1024,2048,4096,8192",
+    ] = "",
     kind: KindOption = "bpe",
     algorithm: AlgorithmOption = "bpe",
     sample: Annotated[int, typer.Option(min=1, help="Characters to use.")] = 2_000_000,
     field: TextField = "text",
+    id_field: IdField = "id",
+    skip_bad: SkipBad = False,
 ):
     """Print compression against vocabulary size.
 
@@ -118,23 +121,31 @@ def tokenizer_sweep(
 
     Example: `s2t2 tokenizer sweep uniref50.fasta.gz --sizes 128,512,2048`
     """
+    from data_prep.inputs import gathered
     from data_prep.readers import ReadOptions
-    from data_prep.statistics import sweep
+    from data_prep.statistics import TokenStatistics, sweep
 
     try:
-        numbers = [int(size) for size in sizes.split(",")]
+        numbers = [int(size) for size in sizes.split(",") if size]
     except ValueError:
         raise typer.BadParameter(f"{sizes!r} is not a list of numbers like 128,512") from None
-    read = ReadOptions(field=field)
-    print(f"{'size':>7} {'characters/token':>17} {'not used':>9} {'longest':>8}")
-    for size, found in sweep(inputs, numbers, kind, algorithm, sample, read).items():
+    read = ReadOptions(False, field, id_field, skip_bad)
+    heads = [f"{'size':>7} {'characters/token':>17} {'not used':>9} {'longest':>8}"]
+
+    def show(size: int, found: TokenStatistics) -> None:
+        while heads:
+            print(heads.pop())
         longest = len(found.texts[found.longest[0]])
         shown = f"{found.characters_per_token:>17.3f} {len(found.unused):>9} {longest:>8}"
-        print(f"{size:>7} {shown}")
+        print(f"{size:>7} {shown}", flush=True)
+
+    with gathered(inputs) as files:
+        sweep(files, numbers, kind, algorithm, sample, read, show)
 
 
 @data_app.command("build")
 def data_build(
+    context_of: typer.Context,
     inputs: Inputs,
     out: OutDir,
     tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json.")],
@@ -153,10 +164,13 @@ def data_build(
         typer.Option(help="Documents end to end, or none cut that fits into a row."),
     ] = "concatenate",
     drop_ids: Annotated[
-        Path | None, typer.Option(help="File whose lines begin with the id of a document to skip.")
+        Path | None,
+        typer.Option(help="File whose lines begin with ids to leave out, such as hits.m8."),
     ] = None,
     strict: Strict = False,
     field: TextField = "text",
+    id_field: IdField = "id",
+    skip_bad: SkipBad = False,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Worker processes of this rank; default: its cores.")
     ] = None,
@@ -179,21 +193,24 @@ def data_build(
     Example: `s2t2 data build uniref50.fasta.gz --tokenizer tokenizers/protein --out data/protein`
     """
     from data_prep.build import BuildOptions, Jobs, build_shards
+    from data_prep.inputs import gathered
     from data_prep.readers import ReadOptions
 
-    options = BuildOptions(
-        context,
-        validation_fraction,
-        characters,
-        seed,
-        packing,
-        drop_ids,
-        ReadOptions(strict, field),
-    )
-    jobs = Jobs(workers or _own_cores(), rank, ranks, only)
-    made = build_shards(inputs, tokenizer, out, options, jobs)
+    require_rank(context_of)
+    read = ReadOptions(strict, field, id_field, skip_bad)
+    jobs = Jobs(workers or own_cores(), rank, ranks, only)
+    goes_on = "the same command goes on where it stopped"
+    with (
+        stoppable(goes_on),
+        gathered(inputs, ranks) as files,
+        gathered([drop_ids] * bool(drop_ids), ranks) as drop,
+    ):
+        options = BuildOptions(
+            context, validation_fraction, characters, seed, packing, *(drop or [None]), read
+        )
+        made = build_shards(files, tokenizer, out, options, jobs)
     if only in (None, "seal") and rank == 0:
-        _report(out, made)
+        report(out, made)
 
 
 @data_app.command("ids")
@@ -203,6 +220,9 @@ def data_ids(
     validation_fraction: Annotated[
         float, typer.Option(help="Share of documents held out, as for `data build`.")
     ] = 0.01,
+    field: TextField = "text",
+    id_field: IdField = "id",
+    skip_bad: SkipBad = False,
 ):
     """Print the ids of a split, one per line.
 
@@ -210,15 +230,17 @@ def data_ids(
 
     Example: `s2t2 data ids uniref50.fasta.gz --split validation > validation.ids`
     """
-    from data_prep.build import is_validation
-    from data_prep.readers import read_documents
+    from data_prep.inputs import gathered
+    from data_prep.listing import split_ids
+    from data_prep.readers import ReadOptions
     from s2t2_dist.data.shards import SPLITS
 
     if split not in SPLITS:
         raise typer.BadParameter(f"{split!r} is none of {', '.join(SPLITS)}")
-    for document in read_documents(inputs):
-        if SPLITS[is_validation(document.id, validation_fraction)] == split:
-            print(document.id)
+    read = ReadOptions(False, field, id_field, skip_bad)
+    with gathered(inputs) as files:
+        for identifier in split_ids(files, split, validation_fraction, read):
+            print(identifier)
 
 
 @data_app.command("check-release")
@@ -248,10 +270,13 @@ def data_verify(
 
     Example: `s2t2 data verify data/protein`
     """
+    from data_prep.progress import waiting
     from s2t2_dist.data.shards import SPLITS, ShardReader
 
+    with waiting(f"Reading every file of {directory}"):
+        ShardReader(directory, SPLITS[0], verify="full")
     for split in SPLITS:
-        reader = ShardReader(directory, split, verify="full" if split == SPLITS[0] else "size")
+        reader = ShardReader(directory, split)
         held = reader.metadata["splits"][split]
         print(
             f"{split}: {held['documents']:,} documents, {held['bytes']:,} bytes, "
@@ -267,22 +292,3 @@ def _spelled(found, tokens: list[int]) -> str:
         f"{found.texts[i].decode('utf-8', 'replace')!r} {found.counts_V[i] / total:.2%}"
         for i in tokens
     )
-
-
-def _own_cores() -> int:
-    """Cores that this process may use, shared with the other ranks of its machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # What DeepSpeed's launcher and torchrun say.
-    here = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"
-    return max(1, (cores or 1) // int(here))
-
-
-def _report(out: Path, made: bool) -> None:
-    """Say what was made, and on stderr what of the input was changed or left out."""
-    from data_prep.readers import ReadCounts
-    from s2t2_dist import artifacts
-
-    print(f"{out} written" if made else f"{out} is already complete")
-    summary = ReadCounts.of(artifacts.read_manifest(out).get("reading", {})).summary()
-    if summary:
-        print(f"note: {summary}", file=sys.stderr)

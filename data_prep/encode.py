@@ -1,12 +1,13 @@
 """Encode documents as token ids, and check that the ids spell the documents.
 
 A BPE model drops a character that it does not know, or writes the unknown token for it; a
-normalizer may change the text. Either would make bits per byte wrong. So there are two checks:
+normalizer may change the text. Either would make bits per byte wrong. So there are three checks:
 
 - the tokens of each document spell as many bytes as the document has;
-- the tokens of all documents of a call spell each byte value as often as their text contains it.
+- the tokens of all documents of a call spell each byte value as often as their text contains it;
+- the tokens that spell nothing are one end token for each document.
 
-A tokenizer that drops, replaces or adds a character fails one of them. No tokenizer permutes
+A tokenizer that drops, replaces or adds anything fails one of them. No tokenizer permutes
 characters, so their order is not checked.
 
 Index letters: D documents of a batch, N their token ids end to end, V tokens of the vocabulary.
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.bpe import plain_bpe
+from data_prep.cuts import LONGEST_PIECE, PIECE_CHARACTERS, Cuts, cut
 from data_prep.readers import Document
 from data_prep.tokenizer import LoadedTokenizer
 from s2t2_dist.data.shards import token_dtype
@@ -26,6 +28,8 @@ from s2t2_dist.errors import DataError
 
 # Characters per call of the tokenizer; the result takes 100 bytes for each, and so fits a cache.
 BATCH_CHARACTERS = 100_000
+# Characters of a batch's first document that are encoded with both libraries.
+CHECKED_CHARACTERS = 100_000
 # Values per call of np.bincount, which takes 8 bytes for each.
 COUNTED_AT_ONCE = 1 << 20
 
@@ -58,6 +62,7 @@ class Encoder:
         self._tokenizer = tokenizer
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._table = _CharacterTable(tokenizer) if characters else None
+        self._cuts = Cuts(tokenizer, characters)
         self._bpe = None if characters else plain_bpe(tokenizer.backend)
         self._sizes = np.array([len(text) for text in tokenizer.token_texts], np.int32)
 
@@ -71,18 +76,39 @@ class Encoder:
         tokens, lengths = [np.empty(0, self._dtype)], [np.empty(0, np.int64)]
         byte_counts = np.zeros(256, np.int64)
         for batch in batches(documents):
-            texts = [document.text.encode() for document in batch]
-            found = self._encode_merges(batch[0], texts) or self._encode_lists(batch)
-            tokens.append(found[0])
-            lengths.append(found[1])
-            byte_counts += count_values(np.frombuffer(b"".join(texts), np.uint8), 256)
-            if not self._fits(texts, *found):
-                raise self._lost_text(batch)
+            is_long = len(batch[0].text) > PIECE_CHARACTERS
+            found = self._encode_long(batch[0]) if is_long else self._encode_batch(batch)
+            tokens.append(found.tokens_N)
+            lengths.append(found.lengths_D)
+            byte_counts += found.byte_counts
         encoded = Encoded(np.concatenate(tokens), np.concatenate(lengths), byte_counts)
         token_counts = count_values(encoded.tokens_N, self._tokenizer.vocab_size)
         if (spelled_bytes(self._tokenizer, token_counts) != byte_counts).any():
             raise self._lost_text(documents)
+        ends = token_counts[self._tokenizer.eos_token_id]
+        if not ends == silent_tokens(self._tokenizer, token_counts) == len(documents):
+            raise self._lost_text(documents)
         return encoded
+
+    def _encode_batch(self, batch: list[Document]) -> Encoded:
+        texts = [document.text.encode() for document in batch]
+        found = self._encode_merges(batch[0], texts) or self._encode_lists(batch)
+        if not self._fits(texts, *found):
+            raise self._lost_text(batch)
+        byte_counts = count_values(np.frombuffer(b"".join(texts), np.uint8), 256)
+        return Encoded(*found, byte_counts)
+
+    def _encode_long(self, document: Document) -> Encoded:
+        """Encode a document in pieces, because the libraries take 40 to 130 bytes a character."""
+        longest = None if self._bpe else LONGEST_PIECE
+        pieces = cut(document, self._cuts, longest)
+        found = [self._encode_batch(batch) for batch in batches(pieces)]
+        tokens_N = np.concatenate([each.tokens_N for each in found])
+        lengths_P = np.concatenate([each.lengths_D for each in found])
+        ends = np.cumsum(lengths_P) - 1  # of the pieces; only the last is the document's
+        tokens_N = np.delete(tokens_N, ends[:-1])
+        byte_counts = sum(each.byte_counts for each in found)
+        return Encoded(tokens_N, np.array([len(tokens_N)], np.int64), byte_counts)
 
     def _encode_merges(self, first: Document, texts: list[bytes]) -> Tokens | None:
         """Encode with `PlainBPE`; None if it cannot encode with this tokenizer or these texts.
@@ -91,10 +117,15 @@ class Encoder:
         """
         if self._bpe is None:
             return None
-        found = self._bpe.encode(texts, self._tokenizer.eos_token_id, self._dtype)
+        end = self._tokenizer.eos_token_id
+        found = self._bpe.encode(texts, end, self._dtype)
         if found is not None:
             tokens_N, lengths_D = found
-            (expected,) = _encode(self._tokenizer, [first.text])
+            text = first.text
+            if len(text) > CHECKED_CHARACTERS:
+                text = text[:CHECKED_CHARACTERS]
+                tokens_N, lengths_D = self._bpe.encode([text.encode()], end, self._dtype)
+            (expected,) = _encode(self._tokenizer, [text])
             same = tokens_N[: lengths_D[0] - 1].tolist() == expected
             assert same, f"bpe.cpp and `tokenizers` encode {first.id} differently"
         return found
@@ -117,24 +148,53 @@ class Encoder:
     def _lost_text(self, documents: list[Document]) -> DataError:
         """The error for the first of the documents that its token ids do not spell."""
         for document in documents:
-            if self._spells(document.text):
-                continue
-            for character in dict.fromkeys(document.text):
-                if not self._spells(character):
-                    return DataError(
-                        f"document {document.id}: the tokenizer's alphabet has no {character!r}; "
-                        "use a tokenizer trained on data of this kind"
-                    )
-            return DataError(
-                f"document {document.id}: its tokens do not spell its text (a normalizer or an "
-                "added prefix changes it); use a tokenizer that keeps text as it is"
-            )
+            if problem := self._problem(document.text):
+                return DataError(f"document {document.id}: {problem}")
         raise AssertionError("each document is spelled correctly, but all together are not")
 
-    def _spells(self, text: str) -> bool:
-        spelling = self._tokenizer.token_texts
+    def _problem(self, text: str) -> str | None:
+        """What is wrong with the token ids of a text, and what to do; None if nothing is."""
+        backend, end = self._tokenizer.backend, self._tokenizer.eos_token_id
+        ids, spelled = self._spelling(text)
+        if end in ids:
+            return (
+                f"the tokenizer writes its end token {backend.id_to_token(end)!r} for text; name "
+                "an eos_token in tokenizer_config.json that no text contains"
+            )
+        if spelled == text.encode():
+            silent = [i for i in ids if not self._tokenizer.token_texts[i]]
+            return silent and (
+                f"the tokenizer adds the token {backend.id_to_token(silent[0])!r}, which stands "
+                "for no text; use a tokenizer that adds none"
+            )
+        for character in dict.fromkeys(text):
+            _, other = self._spelling(character)
+            if not other or b"\xef\xbf\xbd" in other:
+                return (
+                    f"the tokenizer's alphabet has no {character!r}; use a tokenizer trained on "
+                    "data of this kind"
+                )
+            if other != character.encode():
+                return (
+                    f"its tokens do not spell its text: {character!r} becomes "
+                    f"{other.decode(errors='backslashreplace')!r} (a normalizer or an added "
+                    "prefix); use a tokenizer that keeps text as it is"
+                )
+        return (
+            "its tokens do not spell its text (a normalizer or an added prefix changes it); use a "
+            "tokenizer that keeps text as it is"
+        )
+
+    def _spelling(self, text: str) -> tuple[list[int], bytes]:
+        """Token ids of a text, and the bytes that they stand for."""
         (ids,) = _encode(self._tokenizer, [text])
-        return b"".join([spelling[i] for i in ids]) == text.encode()
+        return ids, b"".join([self._tokenizer.token_texts[i] for i in ids])
+
+
+def silent_tokens(tokenizer: LoadedTokenizer, token_counts_V: np.ndarray) -> int:
+    """How many of the counted tokens stand for no text."""
+    sizes_V = np.array([len(text) for text in tokenizer.token_texts])
+    return int(token_counts_V[sizes_V == 0].sum())
 
 
 def spelled_bytes(tokenizer: LoadedTokenizer, token_counts_V: np.ndarray) -> np.ndarray:
@@ -154,12 +214,15 @@ def count_values(values: np.ndarray, size: int) -> np.ndarray:
 
 
 def batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
-    """Yield the documents in lists of about BATCH_CHARACTERS characters."""
+    """Yield the documents in lists of about BATCH_CHARACTERS characters; long ones alone."""
     batch, size = [], 0
     for document in documents:
+        if len(document.text) > PIECE_CHARACTERS and batch:
+            yield batch
+            batch, size = [], 0
         batch.append(document)
         size += len(document.text)
-        if size >= BATCH_CHARACTERS:
+        if size >= min(BATCH_CHARACTERS, PIECE_CHARACTERS):
             yield batch
             batch, size = [], 0
     if batch:

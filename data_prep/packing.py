@@ -24,10 +24,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from data_prep.parts import read_lengths, read_range, tokens_before
+from data_prep.parts import KEY_BITS, read_lengths, read_range, tokens_before
 from s2t2_dist.data.shards import ROWS_PER_BATCH, ROWS_PER_SHARD
 
-KEY_BITS = 64
 # Approximate number of tokens per window: 32 MB as uint16, 64 MB as uint32.
 WINDOW_TOKENS = 1 << 24
 

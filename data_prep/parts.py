@@ -7,7 +7,7 @@ Index letters: D documents, N their token ids end to end.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,9 @@ from s2t2_dist import artifacts
 from s2t2_dist.data.shards import SPLITS
 
 COUNTS_KEY = b"counts"
+KEY_BITS = 64
+# Keys that a search for shared ones holds in memory: 300 MB.
+KEYS_AT_ONCE = 1 << 23
 
 
 class Documents(NamedTuple):
@@ -104,11 +107,68 @@ def read_range(paths: Sequence[Path], split: str, first: int, end: int) -> Docum
     return reorder(merged, np.argsort(merged.keys_D, kind="stable"))
 
 
+class Shared(NamedTuple):
+    """Documents whose key an earlier document with other tokens has.
+
+    Attributes:
+        count: their number, or one more than the limit if there are more.
+        part, key: where to find one of them; None if there is none.
+    """
+
+    count: int = 0
+    part: int | None = None
+    key: int | None = None
+
+
+def find_shared(paths: Sequence[Path], limit: int) -> Shared:
+    """Look for documents that share their key, until there are more than `limit` of them."""
+    found = Shared()
+    for split in SPLITS if paths else ():
+        total = sum(len(_columns(path, split)[0]) for path in paths)
+        bits = max(0, (total // KEYS_AT_ONCE).bit_length())
+        for window in range(1 << bits):
+            low, high = (w << (KEY_BITS - bits) for w in (window, window + 1))
+            for part, key in _shared_in(paths, split, low, high):
+                found = Shared(found.count + 1, part, key)
+                if found.count > limit:
+                    return found
+    return found
+
+
+def _shared_in(paths: Sequence[Path], split: str, low: int, high: int) -> Iterator[tuple[int, int]]:
+    """Part and key of each document with a key in [low, high) that `Shared` counts."""
+    keys, parts, rows = [], [], []
+    for part, path in enumerate(paths):
+        held = _columns(path, split)[0]
+        first, end = _bounds(held, low, high)
+        keys.append(held[first:end].copy())
+        parts.append(np.full(end - first, part, np.int32))
+        rows.append(np.arange(first, end, dtype=np.int64))
+    keys_D, parts_D, rows_D = map(np.concatenate, (keys, parts, rows))
+    order = np.argsort(keys_D, kind="stable")
+    again = np.flatnonzero(np.diff(keys_D[order]) == 0) + 1  # places of `order`
+    first = None
+    for place in again.tolist():
+        before, at = order[place - 1], order[place]
+        if first is None or keys_D[first] != keys_D[at]:
+            first = before
+        one, other = (
+            _columns(paths[parts_D[i]], split)[1][int(rows_D[i])].values for i in (first, at)
+        )
+        if not one.equals(other):
+            yield int(parts_D[at]), int(keys_D[at])
+
+
+def _bounds(keys: np.ndarray, low: int, high: int) -> tuple[int, int]:
+    """The first of ascending keys in [low, high), and the one after the last."""
+    first = int(np.searchsorted(keys, np.uint64(low)))
+    return first, len(keys) if high >> KEY_BITS else int(np.searchsorted(keys, np.uint64(high)))
+
+
 def _slice(path: Path, split: str, first: int, end: int) -> tuple[np.ndarray, np.ndarray, pa.Array]:
     """Keys in [first, end), their token offsets (one more), and all tokens; memory-mapped."""
     keys, tokens = _columns(path, split)
-    low = int(np.searchsorted(keys, np.uint64(first)))
-    high = len(keys) if end >> 64 else int(np.searchsorted(keys, np.uint64(end)))
+    low, high = _bounds(keys, first, end)
     return keys[low:high], tokens.offsets.to_numpy()[low : high + 1], tokens.values
 
 

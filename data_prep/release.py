@@ -40,9 +40,16 @@ def release_of(path: Path, sha256: str) -> str | None:
     checked = path.parent / CHECKED
     if not checked.is_file():
         return None
-    record = artifacts.read_json(checked)
-    found = record["files"].get(path.name, {})
-    return record["version"] if found.get("sha256") == sha256 else None
+    try:
+        record = artifacts.read_json(checked)
+    except ArtifactError:
+        return None
+    match record:
+        case {"version": str(version), "files": {**files}}:
+            match files.get(path.name):
+                case {"sha256": found} if found == sha256:
+                    return version
+    return None  # another tool's, or of a file that was changed since
 
 
 def _read_metalink(path: Path) -> tuple[str, dict[str, tuple[int, str]]]:

@@ -1,22 +1,31 @@
 """How a tokenizer segments a corpus: compression, token counts, longest tokens; a size sweep."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.encode import Encoder, count_values
-from data_prep.readers import DEFAULT_READ, Document, ReadOptions, read_documents
+from data_prep.progress import waiting
+from data_prep.readers import DEFAULT_READ, Document, ReadOptions
 from data_prep.tokenizer import (
     LoadedTokenizer,
     is_protein,
     load_tokenizer,
-    sample_documents,
+    read_sample,
     view_tokenizer,
 )
-from data_prep.trainers import Algorithm, Kind, special_tokens, train
+from data_prep.trainers import (
+    Algorithm,
+    Kind,
+    require_vocabulary,
+    smallest_vocabulary,
+    special_tokens,
+    train,
+)
 
+SWEEP_LARGEST = 8192
 # A sweep measures on every fifth sampled document and trains on the others.
 HOLD_OUT_EVERY = 5
 
@@ -78,7 +87,9 @@ def statistics_of(
         DataError: bad input or tokenizer, or a document that the tokenizer cannot spell.
     """
     tokenizer = load_tokenizer(directory)
-    return token_statistics(tokenizer, sample_documents(read_documents(inputs, read), sample))
+    documents = read_sample(inputs, sample, read)
+    with waiting("Encoding the sample"):
+        return token_statistics(tokenizer, documents)
 
 
 def sweep(
@@ -88,14 +99,17 @@ def sweep(
     algorithm: Algorithm,
     sample: int,
     read: ReadOptions = DEFAULT_READ,
+    each: Callable[[int, TokenStatistics], None] | None = None,
 ) -> dict[int, TokenStatistics]:
     """Train a tokenizer of each size on four fifths of a hash sample, and measure on the rest.
 
     A sample of fewer than five documents is used for both.
 
     Args:
-        sizes: vocabulary sizes, special tokens included.
+        sizes: vocabulary sizes, special tokens included; none: powers of 2 that the alphabet
+            allows, to SWEEP_LARGEST.
         sample: characters of the hash sample.
+        each: is given every size with its statistics as soon as they are there.
 
     Returns:
         Statistics by size.
@@ -104,13 +118,21 @@ def sweep(
         DataError: bad input, or too little of it for a size.
     """
     protein = is_protein(inputs)
-    documents = sample_documents(read_documents(inputs, read), sample)
+    smallest = smallest_vocabulary(protein)
+    sizes = sizes or [1 << bit for bit in range(smallest.bit_length(), SWEEP_LARGEST.bit_length())]
+    for size in sizes:
+        require_vocabulary(size, protein)
+    documents = read_sample(inputs, sample, read)
     measured, trained = documents[::HOLD_OUT_EVERY], documents
     if len(documents) >= HOLD_OUT_EVERY:
         trained = [d for i, d in enumerate(documents) if i % HOLD_OUT_EVERY]
     texts = [document.text for document in trained]
     found = {}
     for size in sizes:
-        backend = train(texts, size, protein, kind, algorithm)
-        found[size] = token_statistics(view_tokenizer(backend, special_tokens(protein)), measured)
+        with waiting(f"Training {size} tokens"):
+            backend = train(texts, size, protein, kind, algorithm)
+            loaded = view_tokenizer(backend, special_tokens(protein))
+            found[size] = token_statistics(loaded, measured)
+        if each:
+            each(size, found[size])
     return found

@@ -3,31 +3,27 @@
 import io
 import os
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from data_prep import packing
-from data_prep.encode import Encoder, count_values, spelled_bytes
-from data_prep.packing import KEY_BITS, Packing, SplitPlan
-from data_prep.parts import Documents, part_path, read_counts, write_part
-from data_prep.readers import (
-    ReadCounts,
-    ReadOptions,
-    id_hash,
-    id_hashes,
-    parse_chunk,
-    require_documents,
-)
-from data_prep.sources import Chunk
+from data_prep.drop_ids import DropList
+from data_prep.encode import Encoder, count_values, silent_tokens, spelled_bytes
+from data_prep.options import BuildOptions
+from data_prep.packing import KEY_BITS, SplitPlan
+from data_prep.parts import Documents, part_path, write_part
+from data_prep.progress import OpenFile, reading_progress
+from data_prep.readers import id_hashes, parse_chunk
+from data_prep.sources import Chunk, open_binary, read_chunks
 from data_prep.tokenizer import LoadedTokenizer, load_tokenizer
+from data_prep.totals import Totals, check_totals, nucleotides, read_totals
 from s2t2_dist import artifacts
 from s2t2_dist.data.shards import SPLITS, TOKEN_BYTES, TOKENIZER_DIR, shard_schema
-from s2t2_dist.errors import DataError
+from s2t2_dist.errors import S2T2Error
 
 # Files copied from the tokenizer's folder, which may be a model folder with weights.
 TOKENIZER_FILES = (
@@ -41,50 +37,6 @@ TEMPORARY = "tmp"
 
 
 @dataclass(frozen=True)
-class BuildOptions:
-    """How rows are made.
-
-    Attributes:
-        context: tokens per row, at least 2.
-        validation_fraction: share of the documents in the validation split, between 0 and 1;
-            the hash of its id puts a document there.
-        characters: encode every character as one token (the paper, section 3: "training domain
-            tokens are bytes").
-        seed: seed of the document order; the split does not depend on it.
-        packing: how rows are filled; see `data_prep.packing`.
-        drop_ids: file of documents to leave out; each line begins with an id.
-        read: how the input is read.
-
-    Raises:
-        DataError: a value is out of range, or `drop_ids` is not a file.
-    """
-
-    context: int
-    validation_fraction: float = 0.01
-    characters: bool = False
-    seed: int = 0
-    packing: Packing = "concatenate"
-    drop_ids: Path | None = None
-    read: ReadOptions = field(default_factory=ReadOptions)
-
-    def __post_init__(self):
-        if self.context < 2:
-            raise DataError(f"a context of {self.context} is too short; give at least 2 tokens")
-        if not 0 < self.validation_fraction < 1:
-            raise DataError(
-                f"a validation fraction of {self.validation_fraction} is not between 0 and 1; give "
-                "a share of the documents such as 0.01"
-            )
-        if self.drop_ids and not self.drop_ids.is_file():
-            raise DataError(f"{self.drop_ids} is not a file; give a file with one id per line")
-
-
-def is_validation(identifier: str, fraction: float) -> bool:
-    """Whether a document is in the validation split; depends on its id and the fraction alone."""
-    return id_hash(identifier, "split") < fraction * 2**KEY_BITS
-
-
-@dataclass(frozen=True)
 class Steps:
     """The work of a build, in a folder that its processes share.
 
@@ -92,6 +44,7 @@ class Steps:
         request: everything that decides the result; the manifest and every shard record it.
         partial: the shared folder.
         rank: part of the names of temporary files, so that machines do not share one.
+        inode: of the shared folder; another one in its place is not this build's.
     """
 
     tokenizer_dir: Path
@@ -100,6 +53,7 @@ class Steps:
     inputs: tuple[Path, ...]
     partial: Path
     rank: int
+    inode: int
 
     @cached_property
     def tokenizer(self) -> LoadedTokenizer:
@@ -112,13 +66,9 @@ class Steps:
         return Encoder(self.tokenizer, self.options.characters)
 
     @cached_property
-    def dropped(self) -> np.ndarray:
-        """Split hashes of the ids to leave out, ascending, uint64."""
-        if self.options.drop_ids is None:
-            return np.empty(0, np.uint64)
-        with self.options.drop_ids.open(encoding="utf-8", errors="replace") as lines:
-            ids = (line.split()[0] for line in lines if line.strip())
-            return np.unique(id_hashes(ids, "split"))
+    def drop_list(self) -> DropList | None:
+        """The documents to leave out."""
+        return self.options.drop_ids and DropList(self.options.drop_ids)
 
     @property
     def work(self) -> Path:
@@ -129,18 +79,27 @@ class Steps:
         """The path of the part of a chunk."""
         return part_path(self.work, number)
 
+    def chunks(self, open_file: OpenFile = open_binary) -> Iterator[Chunk]:
+        """The chunks of the input, in order."""
+        read = self.options.read
+        return read_chunks(self.inputs, None, open_file, (read.field, read.id_field))
+
     def encode(self, chunk: Chunk) -> None:
         """Parse and encode a chunk, and write its part."""
         documents, read = parse_chunk(chunk, self.options.read)
         ids = [document.id for document in documents]
         split_hashes = id_hashes(ids, "split")
-        keys = id_hashes(ids, f"order {self.options.seed}")
-        dropped = self._is_dropped(split_hashes)
+        keys = self._keys(ids)
+        dropped, listed = np.zeros(len(ids), bool), []
+        if self.drop_list:
+            dropped, listed = self.drop_list.match(ids, split_hashes)
         limit = self.options.validation_fraction * 2**KEY_BITS
         validation = np.array([each < limit for each in split_hashes.tolist()], bool)
         counts = {
             "input": self.inputs.index(chunk.path),
+            "kind": chunk.kind,
             "read": read.record(),
+            "listed": listed,
             "dropped": {
                 "documents": int(dropped.sum()),
                 "characters": sum(len(documents[i].text) for i in np.flatnonzero(dropped)),
@@ -154,6 +113,7 @@ class Steps:
             splits.append(Documents(keys[chosen], encoded.lengths_D, encoded.tokens_N))
             byte_counts = encoded.byte_counts.tolist()
             counts[split] = {"documents": len(chosen), "byte_counts": byte_counts}
+        self._require_folder()
         self.work.mkdir(exist_ok=True)
         write_part(self.part(chunk.number), splits, counts, self._temporary)
 
@@ -168,48 +128,33 @@ class Steps:
         count = artifacts.read_json(self.work / "parts.json")["parts"]
         return [self.part(number) for number in range(count)]
 
-    def missing_parts(self) -> list[Path] | None:
-        """The parts that are still to be made; None until their number is recorded."""
+    def missing_parts(self) -> list[int] | None:
+        """Numbers of the parts that are still to be made; None until they were counted."""
         if not (self.work / "parts.json").exists():
             return None
         there = {path.name for path in self.work.iterdir()}
-        return [path for path in self.parts if path.name not in there]
+        return [number for number, path in enumerate(self.parts) if path.name not in there]
 
     @cached_property
-    def counts(self) -> dict:
-        """The counts of all parts together.
-
-        `read`: ReadCounts. `dropped`: documents and characters left out by `drop_ids`. `held`:
-        documents by input file. For each split, `documents` and `byte_counts`, (256,) int64.
-        """
-        total = {"read": ReadCounts(), "dropped": Counter(), "held": Counter()}
-        total |= {split: {"documents": 0, "byte_counts": np.zeros(256, int)} for split in SPLITS}
-        for part in self.parts:
-            found = read_counts(part)
-            read = ReadCounts.of(found["read"])
-            total["read"].add(read)
-            total["dropped"].update(found["dropped"])
-            total["held"][self.inputs[found["input"]]] += read.documents
-            for split in SPLITS:
-                total[split]["documents"] += found[split]["documents"]
-                total[split]["byte_counts"] += np.array(found[split]["byte_counts"])
-        return total
+    def totals(self) -> Totals:
+        """The counts of all parts together."""
+        return read_totals(self.parts, self.inputs, self._id_of)
 
     def check_counts(self) -> None:
-        """Check that every input file and every split has documents.
+        """Check that every input file and every split has documents; see `check_totals`."""
+        if self.drop_list:
+            self.drop_list.check(self.totals.listed)
+        check_totals(self.totals, self.inputs, self.options.validation_fraction)
 
-        Raises:
-            DataError: names the first that has none.
-        """
-        require_documents(self.inputs, self.counts["held"])
-        documents = {split: self.counts[split]["documents"] for split in SPLITS}
-        for split, count in documents.items():
-            if not count:
-                raise DataError(
-                    f"none of the {sum(documents.values())} documents falls into {split} at a "
-                    f"validation fraction of {self.options.validation_fraction}; give more data "
-                    "or another fraction"
-                )
+    def _id_of(self, part: int, key: int) -> str:
+        """The id of a document that has this key, from the input."""
+        with reading_progress("Looking up an id in") as open_file:
+            chunk = next(each for each in self.chunks(open_file) if each.number == part)
+        ids = [document.id for document in parse_chunk(chunk, self.options.read)[0]]
+        return ids[int(np.flatnonzero(self._keys(ids) == key)[0])]
+
+    def _keys(self, ids: list[str]) -> np.ndarray:
+        return id_hashes(ids, f"order {self.options.seed}")
 
     def plan(self, split: str, map_windows: Callable[[list[tuple]], Iterable[int]]) -> SplitPlan:
         """The layout of a split; for `map_windows` see `packing.plan_split`."""
@@ -239,6 +184,7 @@ class Steps:
 
         packing.write_shard(scratch, schema, counted(), pad)
         (entry,) = artifacts.describe_files(self.work, [scratch.name]).values()
+        self._require_folder()
         scratch.replace(target)
         first, end = plan.shard_rows(shard)
         mark = {"file": entry, "rows": end - first, "token_counts": token_counts.tolist()}
@@ -246,11 +192,9 @@ class Steps:
         artifacts.write_json(own, mark)
         own.replace(self._mark(plan, shard))
 
-    def missing_shards(self, plans: list[SplitPlan]) -> list[tuple[SplitPlan, int]]:
-        """The shards that are still to be made."""
-        there = {path.name for path in self.work.iterdir()}
-        shards = [(plan, shard) for plan in plans for shard in range(plan.shards)]
-        return [each for each in shards if self._mark(*each).name not in there]
+    def is_packed(self, plan: SplitPlan, shard: int) -> bool:
+        """Whether a shard is made."""
+        return self._mark(plan, shard).exists()
 
     def seal(self, plans: list[SplitPlan]) -> None:
         """Write the tokenizer, `token_bytes.npy`, the manifest and the completion mark.
@@ -265,10 +209,12 @@ class Steps:
             files |= {name: shard["file"] for name, shard in zip(names, shards, strict=True)}
             tokens = sum(np.array(shard["token_counts"]) for shard in shards)
             spelled = spelled_bytes(self.tokenizer, tokens)
-            counted = self.counts[plan.split]["byte_counts"]
+            counted = self.totals.splits[plan.split].byte_counts
             assert (spelled == counted).all(), f"{plan.split} shards do not spell what was read"
+            documents = self.totals.splits[plan.split].documents
+            assert silent_tokens(self.tokenizer, tokens) == documents, "a token spells nothing"
             splits[plan.split] = {
-                "documents": self.counts[plan.split]["documents"],
+                "documents": documents,
                 "bytes": int(counted.sum()),
                 "byte_counts": {chr(b): int(n) for b, n in enumerate(counted) if n},
                 "rows": plan.rows,
@@ -285,11 +231,21 @@ class Steps:
         files |= artifacts.describe_files(self.partial, others)
         record = {
             **self.request,
-            "reading": self.counts["read"].record(),
-            "dropped": dict(self.counts["dropped"]),
+            "reading": self.totals.read.record(),
+            "dropped": self._dropped_record(),
+            "shared_ids": dict(zip(("documents", "example"), self.totals.shared, strict=True)),
             "splits": splits,
+            **nucleotides(self.totals),
         }
         artifacts.seal(self.partial, record, files)
+
+    def _dropped_record(self) -> dict:
+        """Documents and characters left out; with a list also lines in it and those found."""
+        record = dict(self.totals.dropped)
+        if self.drop_list:
+            found, listed = self.drop_list.check(self.totals.listed)
+            record |= {"ids_found": found, "ids_listed": listed}
+        return record
 
     def publish(self, target: Path) -> None:
         """Remove what the manifest does not list, and rename the folder to `target`."""
@@ -300,6 +256,7 @@ class Steps:
             elif path.name not in {*listed, artifacts.MANIFEST, artifacts.COMPLETE}:
                 path.unlink(missing_ok=True)
         artifacts.publish(self.partial, target)
+        shutil.rmtree(target.parent / f".{target.name}.ranks", ignore_errors=True)
 
     def remove_temporaries(self) -> None:
         """Remove leftovers of killed processes; safe only if no other rank runs."""
@@ -310,11 +267,13 @@ class Steps:
         """Remove the shared folder."""
         shutil.rmtree(self.partial, ignore_errors=True)
 
-    def _is_dropped(self, split_hashes: np.ndarray) -> np.ndarray:
-        if not len(self.dropped):
-            return np.zeros(len(split_hashes), bool)
-        places = np.searchsorted(self.dropped, split_hashes)
-        return self.dropped[np.minimum(places, len(self.dropped) - 1)] == split_hashes
+    def _require_folder(self) -> None:
+        """Raise an S2T2Error if another build has taken the shared folder over."""
+        if not (self.partial.exists() and self.partial.stat().st_ino == self.inode):
+            raise S2T2Error(
+                f"{self.partial} was removed or replaced by another build while this one ran; run "
+                "this command again when that has ended"
+            )
 
     @property
     def _temporary(self) -> str:

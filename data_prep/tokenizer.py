@@ -1,13 +1,20 @@
 """Train tokenizers on a hash sample of the documents, and load them as sharding needs them."""
 
+import functools
 import heapq
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 
+from data_prep.formats import detect_format
+from data_prep.ids import require_few_shared
+from data_prep.progress import reading_progress, waiting
+from data_prep.ranks import exclusive
 from data_prep.readers import (
     DEFAULT_READ,
     Document,
@@ -17,13 +24,17 @@ from data_prep.readers import (
     read_documents,
 )
 from data_prep.requests import already_made, describe_sources
-from data_prep.sources import detect_format, reading_progress
+from data_prep.totals import nucleotide_share
 from data_prep.trainers import Algorithm, Kind, special_tokens, train
 from s2t2_dist import artifacts
 from s2t2_dist.data.shards import TOKENIZER_JSON, tokenizer_sha256
 from s2t2_dist.errors import DataError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
+# Settings of a model with which a text has another segmentation each time.
+SAMPLING = ("dropout", "alpha", "nbest_size")
+# Characters of a text whose tokens are decoded again.
+CHECKED_CHARACTERS = 100_000
 # Characters. Training takes about 90 bytes of memory for each, so about 2 GB.
 DEFAULT_SAMPLE = 20_000_000
 
@@ -54,26 +65,41 @@ def train_tokenizer(
     """
     if (kind, algorithm) == ("bpe", "unigram"):
         raise DataError("--algorithm unigram needs SentencePiece; add --kind sentencepiece")
-    protein = is_protein(inputs)
+    is_protein(inputs)  # report wrong files before hashing gigabytes
     request = {"kind": "tokenizer", "vocab_size": vocab_size, "sample_characters": sample}
-    request |= {"trainer": kind, "algorithm": algorithm}
+    request |= {"trainer": kind, "algorithm": algorithm, **read.request()}
     request["sources"] = describe_sources(inputs)
     if already_made(target, request):
         return False
+    with exclusive(target):
+        if already_made(target, request):  # by the process that held the lock
+            return False
+        _train(inputs, target, request, read)
+    return True
+
+
+def _train(inputs: Sequence[Path], target: Path, request: dict, read: ReadOptions) -> None:
+    """Train the tokenizer of a request and publish it."""
+    protein = is_protein(inputs)
     counts = ReadCounts()
-    with reading_progress("Sampling") as open_file:
-        documents = sample_documents(read_documents(inputs, read, counts, open_file), sample)
+    documents = read_sample(inputs, request["sample_characters"], read, counts)
     texts = [document.text for document in documents]
-    tokenizer = train(texts, vocab_size, protein, kind, algorithm)
+    with waiting(f"Training on {sum(map(len, texts)):,} characters"):
+        tokenizer = train(
+            texts, request["vocab_size"], protein, request["trainer"], request["algorithm"]
+        )
     _check_round_trip(tokenizer, texts)
     record = {
         **request,
         "reading": counts.record(),
+        "shared_ids": dict(zip(("documents", "example"), _shared_ids(documents), strict=True)),
         "trained_on": {"documents": len(texts), "characters": sum(map(len, texts))},
     }
+    if protein:
+        letters = np.frombuffer("".join(texts).encode(), np.uint8)
+        record |= nucleotide_share(np.bincount(letters, minlength=256))
     with artifacts.sealed_directory(target, record) as directory:
         save_tokenizer(tokenizer, special_tokens(protein), directory)
-    return True
 
 
 def sample_documents(documents: Iterable[Document], characters: int) -> list[Document]:
@@ -81,6 +107,9 @@ def sample_documents(documents: Iterable[Document], characters: int) -> list[Doc
 
     One pass; memory holds only the sample. The result does not depend on the order of the
     documents (UniRef is sorted by length). It has at least one document, if there is any.
+
+    Raises:
+        DataError: many of them share their id.
     """
     heap: list[tuple[int, Document]] = []
     total, limit = 0, 1 << 64
@@ -94,7 +123,33 @@ def sample_documents(documents: Iterable[Document], characters: int) -> list[Doc
             dropped, last = heapq.heappop(heap)
             limit = -dropped
             total -= len(last.text)
-    return [document for _, document in sorted(heap, reverse=True)]
+    sampled = [document for _, document in sorted(heap, reverse=True)]
+    require_few_shared(*_shared_ids(sampled), len(sampled))
+    return sampled
+
+
+def read_sample(
+    inputs: Sequence[Path], characters: int, read: ReadOptions, counts: ReadCounts | None = None
+) -> list[Document]:
+    """`sample_documents` of files; of a first document that is longer only so many characters."""
+    with reading_progress("Sampling") as open_file:
+        documents = read_documents(inputs, read, counts, open_file)
+        sampled = sample_documents(documents, characters)
+    if len(sampled) == 1 and len(sampled[0].text) > characters:
+        name, text = sampled[0]
+        logging.getLogger(__name__).warning(
+            "document %s has %s characters; the sample is its first %s",
+            name, f"{len(text):,}", f"{characters:,}",
+        )  # fmt: skip
+        sampled = [Document(name, text[:characters])]
+    return sampled
+
+
+def _shared_ids(documents: Sequence[Document]) -> tuple[int, str]:
+    """Documents whose id an earlier one with another text has: their number, and such an id."""
+    first: dict[str, str] = {}
+    shared = [id for id, text in documents if first.setdefault(id, text) != text]
+    return len(shared), shared[0] if shared else ""
 
 
 def save_tokenizer(tokenizer: Tokenizer, special: dict[str, str], directory: Path) -> None:
@@ -120,7 +175,7 @@ def is_protein(inputs: Sequence[Path]) -> bool:
 
 def _check_round_trip(tokenizer: Tokenizer, texts: list[str]) -> None:
     tokenizer.encode_special_tokens = True  # a text may spell a special token; not saved
-    for text in texts[:100]:
+    for text in (text[:CHECKED_CHARACTERS] for text in texts[:100]):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text, "the tokenizer changes text"
 
 
@@ -130,6 +185,7 @@ class LoadedTokenizer:
 
     Attributes:
         sha256: see `tokenizer_sha256`.
+        backend: without padding, truncation and sampling; the end token is special.
         token_texts: the bytes of text that each token id stands for; empty for special tokens.
         pad_token_id: the padding token, or the end token if there is none. Readers mask padding
             by length, never by id.
@@ -178,8 +234,6 @@ def view_tokenizer(
     Raises:
         DataError: there is no end token, or the decoder is not supported.
     """
-    # A special token spelled out in a text is text, not the special token.
-    backend.encode_special_tokens = True
     spelled = (special.get(name) for name in ("eos_token", "pad_token"))
     eos, pad = (token and backend.token_to_id(token) for token in spelled)
     if eos is None:
@@ -187,17 +241,49 @@ def view_tokenizer(
             f"{directory / TOKENIZER_CONFIG} names no eos_token of this tokenizer; set it to a "
             "special token of tokenizer.json"
         )
+    # transformers takes the end token as special even where tokenizer.json does not say so.
+    backend.add_special_tokens([special["eos_token"]])
+    # A special token spelled out in a text is text, not the special token.
+    backend.encode_special_tokens = True
+    _only_map_text(backend, directory)
     texts = _token_texts(backend, directory)
+    texts[eos] = b""
     return LoadedTokenizer(backend, digest, texts, eos, eos if pad is None else pad)
+
+
+def _only_map_text(backend: Tokenizer, directory: Path) -> None:
+    """Switch off what a tokenizer.json may hold besides the map from a text to its tokens."""
+    off = []
+    if backend.padding is not None:
+        off.append("padding")
+        backend.no_padding()
+    if backend.truncation is not None:
+        off.append("truncation")
+        backend.no_truncation()
+    for name in SAMPLING:
+        if getattr(backend.model, name, None):
+            off.append(f"sampling ({name} {getattr(backend.model, name)})")
+            setattr(backend.model, name, None)
+    if off:
+        _warn_once(
+            f"{' and '.join(off)} of {directory / TOKENIZER_JSON}: switched off, because a text "
+            "has one segmentation, and all of it is encoded"
+        )
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logging.getLogger(__name__).warning(text)
 
 
 def _special_token(directory: Path, name: str) -> str | None:
     path = directory / TOKENIZER_CONFIG
     try:
         token = json.loads(path.read_text(encoding="utf-8")).get(name)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}); copy the tokenizer again") from None
-    return token["content"] if isinstance(token, dict) else token
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 def _token_texts(backend: Tokenizer, directory: Path) -> list[bytes]:

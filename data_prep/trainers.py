@@ -9,7 +9,8 @@ off. Its result is converted to a `tokenizers` model, so both libraries give the
 """
 
 import io
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import sentencepiece
@@ -25,8 +26,14 @@ Algorithm = Literal["bpe", "unigram"]
 MAX_TOKEN_LENGTH = 32
 # A pair seen once is noise, not a unit.
 MIN_FREQUENCY = 2
+# Tokens; the library reserves memory for all of them.
+LARGEST_VOCABULARY = 1 << 20
 # Characters. SentencePiece's BPE stores positions in a word in 16 bits.
 LONGEST_WORD = 60_000
+# Characters. A longer word is cut for `tokenizers`, whose merges take time that grows with the
+# square of a word.
+WORD_PIECE = 1024
+LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
 
 PROTEIN_SPECIAL = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
 TEXT_SPECIAL = {"eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}
@@ -40,16 +47,8 @@ def train(
     Raises:
         DataError: the size is below the alphabet's, or the texts do not yield so many tokens.
     """
-    special = special_tokens(protein)
-    alphabet = list(RESIDUES + RARE_RESIDUES)
-    if not protein:
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    smallest = len(special) + len(alphabet)
-    if vocab_size < smallest:
-        raise DataError(
-            f"a vocabulary of {vocab_size} is too small: the alphabet and the special tokens "
-            f"are {smallest}; ask for at least as many"
-        )
+    require_vocabulary(vocab_size, protein)
+    special, alphabet = special_tokens(protein), _alphabet(protein)
     if kind == "bpe":
         tokenizer = Tokenizer(models.BPE(unk_token=special.get("unk_token")))
     else:
@@ -66,7 +65,7 @@ def train(
             min_frequency=MIN_FREQUENCY,
             show_progress=False,
         )
-        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.train_from_iterator(_cut_words(texts), trainer)
     else:
         tokenizer.add_special_tokens(list(special.values()))
     if tokenizer.get_vocab_size() < vocab_size:
@@ -82,8 +81,43 @@ def special_tokens(protein: bool) -> dict[str, str]:
     return PROTEIN_SPECIAL if protein else TEXT_SPECIAL
 
 
+def _alphabet(protein: bool) -> list[str]:
+    return list(RESIDUES + RARE_RESIDUES) if protein else sorted(_byte_level().alphabet())
+
+
+def smallest_vocabulary(protein: bool) -> int:
+    """Tokens of the alphabet and special tokens."""
+    return len(special_tokens(protein)) + len(_alphabet(protein))
+
+
+def require_vocabulary(size: int, protein: bool) -> None:
+    """Raise a DataError for a vocabulary that no tokenizer can have."""
+    smallest = smallest_vocabulary(protein)
+    if size < smallest:
+        raise DataError(
+            f"a vocabulary of {size} is too small: the alphabet and the special tokens "
+            f"are {smallest}; ask for at least as many"
+        )
+    if size > LARGEST_VOCABULARY:
+        raise DataError(
+            f"a vocabulary of {size} is too large; ask for at most {LARGEST_VOCABULARY:,}"
+        )
+
+
 def _byte_level() -> pre_tokenizers.ByteLevel:
     return pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def _cut_words(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, each word of over LONGEST_WORD characters in pieces."""
+    for text in texts:
+        start = 0
+        if len(text) > LONGEST_WORD:
+            for match in LONG_WORD.finditer(text):
+                for end in range(match.start() + WORD_PIECE, match.end(), WORD_PIECE):
+                    yield text[start:end]
+                    start = end
+        yield text[start:]
 
 
 def _words(texts: Sequence[str], protein: bool, alphabet: list[str]) -> Iterator[str]:

@@ -8,9 +8,11 @@ about to read from it.)
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -32,6 +34,11 @@ class Workers:
 
     def __enter__(self) -> "Workers":
         context = multiprocessing.get_context("spawn")  # a fork would copy the tokenizer's locks
+        with _interrupts_ignored():  # workers inherit it: Ctrl-C is the parent's to handle
+            self._start(context)
+        return self
+
+    def _start(self, context: multiprocessing.context.SpawnContext) -> None:
         for _ in range(self._count if self._count > 1 else 0):
             ours, theirs = context.Pipe()
             arguments = (theirs, self._job, os.getpid())
@@ -40,14 +47,14 @@ class Workers:
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
-        return self
 
     def __exit__(self, kind: type | None, *exception: object) -> None:
+        if kind is not None:
+            for process in self._processes:
+                process.kill()  # what it was writing has a temporary name
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
-            if kind is not None:
-                process.kill()  # what it was writing has a temporary name
             process.join()
 
     def map(self, method: str, arguments: Iterable[tuple]) -> Iterator[Any]:
@@ -65,10 +72,22 @@ class Workers:
         try:
             yield from self._share(method, arguments)
         except (EOFError, ConnectionError):
-            raise S2T2Error(
-                "a worker process was killed (out of memory?); run the command again, with fewer "
-                "--workers, to continue where it stopped"
-            ) from None
+            raise S2T2Error(self._why_ended()) from None
+
+    def _why_ended(self) -> str:
+        """What to say of a worker that ended in the middle of its work."""
+        deadline = time.monotonic() + 1
+        while time.monotonic() < deadline:
+            codes = [each.exitcode for each in self._processes if each.exitcode is not None]
+            if codes and codes[0] >= 0:
+                return f"a worker process ended with exit code {codes[0]}; its error stands above"
+            if codes:
+                break
+            time.sleep(0.01)
+        return (
+            "a worker process was killed (out of memory?); run the command again, with fewer "
+            "--workers, to continue where it stopped"
+        )
 
     def _share(self, method: str, arguments: Iterable[tuple]) -> Iterator[Any]:
         idle, results, following = list(self._pipes), {}, 0
@@ -102,14 +121,29 @@ def _serve(pipe: Connection, job: Any, parent: int) -> None:
     while True:
         try:
             number, method, arguments = pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             return
         result, problem = None, None
         try:
             result = getattr(job, method)(*arguments)
         except Exception as error:
             problem = error
-        pipe.send((number, result, problem))
+        try:
+            pipe.send((number, result, problem))
+        except ConnectionError:  # the parent has an error of its own, and says it
+            return
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may change how signals are handled
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _end_with(parent: int) -> None:

@@ -27,6 +27,7 @@ from s2t2_dist.errors import ArtifactError, S2T2Error
 
 MANIFEST = "manifest.json"
 COMPLETE = "COMPLETE"
+SEAL = (MANIFEST, COMPLETE)
 NAME_BYTES = 200  # of a name that a temporary one repeats: names may have 255
 NEW_FILE = 0o666  # permissions of a new file, before the umask
 
@@ -103,7 +104,7 @@ def list_files(directory: Path) -> list[str]:
     return sorted(
         path.relative_to(directory).as_posix()
         for path in directory.rglob("*")
-        if path.is_file() and path.name not in (MANIFEST, COMPLETE)
+        if path.is_file() and path.name not in SEAL
     )
 
 
@@ -158,11 +159,17 @@ def read_manifest(directory: Path) -> dict:
         ArtifactError: the directory was not sealed, or the manifest was changed since.
     """
     if not is_complete(directory):
-        what = "has no COMPLETE file: it was not finished" if directory.is_dir() else "is missing"
-        raise ArtifactError(f"{directory} {what}; make it again")
+        if not directory.is_dir():
+            what = "is a file, not a folder" if directory.exists() else "is missing"
+            raise ArtifactError(
+                f"{directory} {what}; give a folder that was made, or make it again"
+            )
+        raise ArtifactError(
+            f"{directory} has no {COMPLETE} file: it was not finished; make it again"
+        )
     path = directory / MANIFEST
     if not path.is_file():
-        raise ArtifactError(f"{path} is missing; make {directory} again")
+        raise ArtifactError(f"{path} is missing beside {COMPLETE}; copy the folder again")
     if (directory / COMPLETE).read_bytes().strip() != sha256_file(path).encode():
         raise ArtifactError(f"{path} was changed after it was sealed, or {COMPLETE} was")
     manifest = read_json(path)
@@ -202,7 +209,8 @@ def verify(
 def verify_file(path: Path, entry: dict, hashes: bool) -> None:
     """Check one file against its entry in the manifest; raises what `verify` raises."""
     if not path.is_file():
-        raise ArtifactError(f"{path} is missing, but the manifest lists it; make it again")
+        what = "is not a file" if path.exists() else "is missing"
+        raise ArtifactError(f"{path} {what}, but the manifest lists it; make it again")
     size = path.stat().st_size
     if size != entry["bytes"]:
         raise ArtifactError(f"{path} has {size} bytes, the manifest says {entry['bytes']}")
@@ -260,6 +268,20 @@ def _lock(folder: Path) -> int:
     return held
 
 
+def make_parent(target: Path) -> None:
+    """Make the folders above a result.
+
+    Raises:
+        ArtifactError: one of them is a file.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ArtifactError(
+            f"{target} cannot be made, because a folder above it is a file; choose another folder"
+        ) from None
+
+
 @contextmanager
 def sealed_directory(target: Path, record: dict) -> Iterator[Path]:
     """Yield a temporary directory that becomes `target`, sealed, when the block succeeds.
@@ -271,7 +293,7 @@ def sealed_directory(target: Path, record: dict) -> Iterator[Path]:
         ArtifactError: `target` exists; it is never overwritten.
     """
     require_absent(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(target)
     with scratch_directory(target) as temporary:
         yield temporary
         seal(temporary, record)
@@ -284,6 +306,13 @@ def disk_error(error: OSError, doing: str) -> S2T2Error | None:
     Args:
         doing: what was being done, for the message: "saving X".
     """
+    path = Path(os.fsdecode(error.filename or ""))
+    if (
+        error.errno in (errno.EACCES, errno.EPERM)
+        and path.is_file()
+        and not os.access(path, os.R_OK)
+    ):
+        return S2T2Error(f"not allowed to read while {doing} ({error}); ask for permission")
     for numbers, what, advice in _DISK_ERRORS:
         if error.errno in numbers:
             return S2T2Error(f"{what} while {doing} ({error}); {advice}")
@@ -294,7 +323,7 @@ _DISK_ERRORS = (
     ((errno.ENOSPC, errno.EDQUOT), "no space left", "free space and run again"),
     (
         (errno.EROFS, errno.EACCES, errno.EPERM),
-        "not allowed to read or write",
+        "not allowed to write",
         "change the permissions or choose another folder",
     ),
     ((errno.ENAMETOOLONG,), "a name is too long", "names may have 255 bytes: choose a shorter one"),

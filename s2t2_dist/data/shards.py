@@ -7,8 +7,9 @@ padded.
 
 import json
 from functools import cached_property
+from operator import index
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
@@ -61,7 +62,7 @@ def tokenizer_sha256(directory: Path | str) -> str:
         raise DataError(f"{path} does not exist; give a folder with a Hugging Face tokenizer")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}); copy the tokenizer again") from None
     if not isinstance(content, dict):
         raise DataError(f"{path} is not a tokenizer (no JSON object); copy the tokenizer again")
@@ -114,6 +115,9 @@ class _RowBatch(NamedTuple):
 class ShardReader:
     """Rows of one split by number, memory-mapped: `reader[i]` is a view, read in constant time.
 
+    Numbers count from the end if they are negative, as in a list. A pickled reader opens the
+    directory again, so that spawned processes can have it.
+
     Args:
         directory: what `s2t2 data build` wrote.
         split: `train` or `validation`.
@@ -152,8 +156,22 @@ class ShardReader:
     def __len__(self) -> int:
         return self._rows
 
-    def __getitem__(self, row: int) -> np.ndarray:
-        """Token ids of a row, (context,) uint16 or uint32, read-only; padded if it is the last."""
+    def __reduce__(self) -> tuple:
+        return type(self), (self.directory.absolute(), self.split)
+
+    @overload
+    def __getitem__(self, row: int) -> np.ndarray: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[np.ndarray]: ...
+
+    def __getitem__(self, row: int | slice) -> np.ndarray | list[np.ndarray]:
+        """Token ids of a row, (context,) uint16 or uint32, read-only; padded if it is the last.
+
+        A slice gives a list of rows.
+        """
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(self._rows))]
         batch, offset = self._locate(row)
         return batch.tokens[offset]
 
@@ -173,9 +191,11 @@ class ShardReader:
         return np.load(self.directory / TOKEN_BYTES)
 
     def _locate(self, row: int) -> tuple[_RowBatch, int]:
-        if not 0 <= row < self._rows:
+        place = row if type(row) is int else index(row)
+        place = place + self._rows if place < 0 else place
+        if not 0 <= place < self._rows:
             raise IndexError(f"row {row} of {self._rows}")
-        number, offset = divmod(int(row), ROWS_PER_BATCH)
+        number, offset = divmod(place, ROWS_PER_BATCH)
         if number not in self._batches:
             self._batches[number] = self._map_batch(number)
         return self._batches[number], offset

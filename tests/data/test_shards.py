@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 
 import numpy as np
 import pyarrow as pa
@@ -76,9 +77,54 @@ def test_reading_allocates_nothing_and_is_read_only(tmp_path):
 def test_index_out_of_range_and_iteration(tmp_path):
     reader = ShardReader(make_data(tmp_path / "d", [[5, 6, 7]], 2), "train")
     assert [row.tolist() for row in reader] == [[5, 6], [7, PAD]]
-    for i in (-1, 2):
+    for i in (-3, 2):
         with pytest.raises(IndexError):
             reader[i]
+
+
+@pytest.mark.parametrize("number", [int, np.int64, np.uint16])
+def test_numbers_and_slices_are_those_of_a_list(tmp_path, number):
+    reader = ShardReader(make_data(tmp_path / "d", [list(range(2, 40)), [50] * 7], 4), "train")
+    rows = [row.tolist() for row in reader]
+    for i in range(-len(rows), len(rows)):
+        if i < 0 and number is np.uint16:
+            continue
+        assert reader[number(i)].tolist() == rows[i]
+        assert reader.length(number(i)) == reader.length(i % len(rows))
+        starts = reader.document_starts(i % len(rows))
+        assert np.array_equal(reader.document_starts(number(i)), starts)
+    for part in (slice(2), slice(-3, None), slice(None, None, -2), slice(5, 2), slice(0, 99, 3)):
+        assert [row.tolist() for row in reader[part]] == rows[part]
+    for wrong in (-len(rows) - 1, len(rows), 10**30):
+        with pytest.raises(IndexError):
+            reader[wrong]
+    for wrong in (1.5, "1", None):
+        with pytest.raises(TypeError):
+            reader[wrong]
+
+
+def test_a_reader_pickles_for_spawned_workers(tmp_path, monkeypatch):
+    make_data(tmp_path / "d", [list(range(2, 40))], 4)
+    monkeypatch.chdir(tmp_path)
+    reader = ShardReader("d", "validation")
+    assert reader[1].tolist() == [6, 7, 8, 9]  # opened
+    content = pickle.dumps(reader)
+    monkeypatch.chdir("/")
+    copy = pickle.loads(content)
+    assert [row.tolist() for row in copy] == [row.tolist() for row in reader]
+    assert (copy.split, copy.metadata) == (reader.split, reader.metadata)
+
+
+@pytest.mark.slow
+def test_spawned_workers_of_torch_read_rows(tmp_path):
+    from torch.utils.data import DataLoader
+
+    reader = ShardReader(make_data(tmp_path / "d", [list(range(2, 40))], 4), "train")
+    loader = DataLoader(
+        reader, 2, num_workers=2, multiprocessing_context="spawn", collate_fn=np.stack
+    )
+    rows = np.concatenate(list(loader))
+    assert rows.tolist() == [row.tolist() for row in reader]
 
 
 def test_wrong_directories_are_refused(tmp_path):

@@ -96,3 +96,25 @@ def test_the_record_is_complete(download):
     record = check_release(download)
     assert json.loads((download / "release.json").read_text()) == record
     assert list(record["files"]) == ["uniref50.fasta.gz"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"version": "1.2.0", "assets": []}',
+        "{",
+        "[]",
+        '"release"',
+        '{"version": 7, "files": {"proteins.fasta": {"sha256": 1}}}',
+        '{"version": "1", "files": ["proteins.fasta"]}',
+        '{"version": "1", "files": {"proteins.fasta": null}}',
+        "[" * 100_000,
+    ],
+)
+def test_a_release_json_of_another_tool_is_none(protein_fasta, protein_tokenizer, tmp_path, text):
+    source = tmp_path / "proteins.fasta"
+    source.write_bytes(protein_fasta.read_bytes())
+    (tmp_path / "release.json").write_text(text)
+    build_shards([source], protein_tokenizer, tmp_path / "d", BuildOptions(32, 0.2))
+    (described,) = artifacts.read_manifest(tmp_path / "d")["sources"]
+    assert described.keys() == {"name", "bytes", "sha256"}

@@ -1,0 +1,95 @@
+"""Inputs as files that can be read twice: folders are walked, pipes are spooled.
+
+A build reads its input once for the sha256 and once for the documents, so standard input (`-`),
+`<(...)` and named pipes are copied into a temporary folder ($TMPDIR) first.
+"""
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_prep.formats import FASTA_NAMES, NAMED, detect_format, is_text, name_suffix
+from data_prep.progress import waiting
+from data_prep.release import CHECKED
+from s2t2_dist.errors import DataError
+
+STDIN = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
+SUFFIXES = (*FASTA_NAMES, *NAMED, ".parquet")
+SHOWN = 3
+
+
+@contextmanager
+def gathered(paths: Sequence[Path], ranks: int = 1) -> Iterator[list[Path]]:
+    """Yield the files that the inputs stand for; spooled ones are removed afterwards.
+
+    Args:
+        ranks: processes that read the same inputs; a pipe has only one reader.
+
+    Raises:
+        DataError: a folder without inputs, or a pipe for several ranks.
+    """
+    files = []
+    with tempfile.TemporaryDirectory(prefix="s2t2-") as spool:
+        for number, path in enumerate(paths, start=1):
+            if path.is_dir():
+                files += _walk(path)
+            elif _is_pipe(path):
+                if ranks > 1:
+                    raise DataError(
+                        f"{path} is a pipe, which only one of {ranks} ranks could read; give a file"
+                    )
+                folder = Path(spool) / str(number)
+                folder.mkdir()
+                files.append(_spool(path, folder))
+            else:
+                files.append(path)
+        yield files
+
+
+def _is_pipe(path: Path) -> bool:
+    return str(path) in STDIN or path.is_fifo() or path.is_char_device()
+
+
+def _spool(path: Path, folder: Path) -> Path:
+    """Copy a pipe into a file, named .txt if it is text without another format."""
+    is_stdin = str(path) in STDIN
+    name = "stdin" if is_stdin else path.name if path.parent.name != "fd" else "pipe"
+    copy = folder / name
+    with (
+        waiting(f"Reading {name}"),
+        open(0 if is_stdin else path, "rb", closefd=not is_stdin) as source,
+        copy.open("wb") as target,
+    ):
+        shutil.copyfileobj(source, target, 1 << 20)
+    try:
+        detect_format(copy)
+    except DataError:
+        if is_text(copy):
+            copy = copy.rename(copy.with_name(f"{name}.txt"))
+    return copy
+
+
+def _walk(folder: Path) -> list[Path]:
+    """The files of a folder whose names say what they are, sorted; says what it passes over."""
+    found, others = [], []
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if hidden or not path.is_file():
+            continue
+        known = name_suffix(path) in SUFFIXES and path.name != CHECKED
+        (found if known else others).append(path)
+    if not found:
+        raise DataError(
+            f"{folder} holds no file named {', '.join(SUFFIXES)}, plain or compressed; name its "
+            "files one by one"
+        )
+    if others:
+        shown = ", ".join(str(path.relative_to(folder)) for path in others[:SHOWN])
+        logging.getLogger(__name__).warning(
+            "%s: %d files are read, %d are passed over (%s%s); name them one by one to read them",
+            folder, len(found), len(others), shown, " ..." * (len(others) > SHOWN),
+        )  # fmt: skip
+    return found
