@@ -71,9 +71,12 @@ class Passes:
         self.fused = not matrix.is_cpu and has_triton() if fused is None else fused
 
     def __call__(self, function: Callable, *tensors: object):
-        return (_compiled(function) if self.fused else function)(*tensors)
+        if not self.fused:
+            return function(*tensors)
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            return _compiled(function)(*tensors)
 
 
 @functools.cache
 def _compiled(function: Callable) -> Callable:
-    return torch.compile(function, dynamic=True, fullgraph=True, recompile_limit=RECOMPILE_LIMIT)
+    return torch.compile(function, dynamic=True, fullgraph=True)
