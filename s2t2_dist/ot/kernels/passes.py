@@ -1,0 +1,162 @@
+"""The passes of Dykstra's method by Triton, float32: the same as those in torch.
+
+`DykstraPasses` says what each method does.
+"""
+
+import torch
+import triton
+
+from s2t2_dist.comm import Comm
+from s2t2_dist.ot.dykstra_passes import ColumnSearches, State
+from s2t2_dist.ot.kernels import common, dykstra
+from s2t2_dist.ot.kernels.library import Flags
+from s2t2_dist.ot.tiles import new_matrix
+
+MOST_COLUMNS = 8192  # of a row in registers; longer ones are read once per Newton step
+TILE = 4096  # entries, unless a row has more
+PER_THREAD = 16  # of them
+ROWS_PER_PART = 64  # whose column sums are made in float32, with a row's search
+TALL_PART, TALL_ROWS, WIDE = 256, 16, 128  # the same of a pass by columns; its tiles
+LANES = 1024  # columns of a program of their Newton step
+
+
+class RowGrid:
+    """How kernels that own rows cut a (V, U) matrix."""
+
+    def __init__(self, V: int, U: int):
+        block = min(max(triton.next_power_of_2(U), 16), MOST_COLUMNS)
+        rows = max(1, min(16, TILE // block))
+        part = min(ROWS_PER_PART, triton.cdiv(V, rows) * rows)
+        self.parts, self.chunks = triton.cdiv(V, part), triton.cdiv(U, block)
+        self.shape = {"PART": part, "R": rows, "BLOCK": block, "CHUNKS": self.chunks}
+        self.shape["num_warps"] = max(1, min(16, rows * block // (32 * PER_THREAD)))
+
+
+class ColumnGrid:
+    """How kernels that own rows and columns do."""
+
+    def __init__(self, V: int, U: int):
+        block = min(max(triton.next_power_of_2(U), 16), WIDE)
+        part = min(TALL_PART, triton.cdiv(V, TALL_ROWS) * TALL_ROWS)
+        self.parts = triton.cdiv(V, part)
+        self.grid = (self.parts, triton.cdiv(U, block))
+        self.shape = {"PART": part, "R": TALL_ROWS, "BLOCK": block, "num_warps": 4}
+
+
+class ColumnSearch:
+    """`simplex.NewtonSearch` of all columns, on the device: the host only sends kernels.
+
+    Args:
+        top: see `NewtonSearch`.
+    """
+
+    def __init__(
+        self,
+        nu: torch.Tensor,
+        guess: torch.Tensor,
+        floor: torch.Tensor,
+        top: torch.Tensor | None = None,
+    ):
+        self.nu, self.ceiling = nu, top
+        self.threshold, self.floor, self.good = guess.clone(), floor.clone(), floor.clone()
+        self.count = torch.full_like(nu, torch.inf)
+        self.moving = torch.ones_like(nu, dtype=torch.int32)
+        self.blocks = triton.cdiv(len(nu), LANES)
+        self.flags = Flags(self.moving.new_zeros(self.blocks))
+
+    def update(self, sums: torch.Tensor) -> bool:
+        """One step from the sums (2 or more, U) of all columns; whether the search has ended."""
+        ceiling = self.nu if self.ceiling is None else self.ceiling
+        state = self.threshold, self.floor, self.good, self.count, self.moving, self.flags.flags
+        options = {"TOP": self.ceiling is not None, "BLOCK": LANES}
+        common.column_newton[(self.blocks,)](
+            sums, self.nu, ceiling, *state, len(self.nu), **options
+        )
+        return self.flags.down()
+
+
+class TritonDykstra(ColumnSearches):
+    """One sweep over the rows per call, for at most MOST_ITERATIONS iterations."""
+
+    def __init__(self, state: State):
+        self.state = state
+        self.matrix = state.cost.contiguous()
+        self.rows, self.columns = RowGrid(*self.matrix.shape), ColumnGrid(*self.matrix.shape)
+        self.lanes = state.shift, state.row_threshold, state.col_threshold
+
+    def search(self, k: int, mu_V: torch.Tensor, col_guess_U: torch.Tensor) -> torch.Tensor:
+        (V, U), fused = self.matrix.shape, self.rows.chunks == 1
+        partial = self._partial(self.rows.parts if fused else 0, 3)
+        means = mu_V.contiguous(), self.state.row_count[k], col_guess_U.contiguous()
+        dykstra.search[(self.rows.parts,)](
+            self.matrix, *self.lanes, *means, partial, V, U, k, **self.rows.shape
+        )
+        if fused:
+            return partial.sum(0, dtype=torch.float64)
+        every = torch.ones(U, dtype=torch.int32, device=partial.device)
+        return self._column_sums(k, col_guess_U.contiguous(), every, self._partial(None, 3))
+
+    def search_columns(
+        self,
+        k: int,
+        comm: Comm,
+        nu_U: torch.Tensor,
+        guess: torch.Tensor,
+        floor: torch.Tensor,
+        sums: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Thresholds and counts of W_k's columns; sums are those of the first step, of all ranks."""
+        search, partial = ColumnSearch(nu_U.contiguous(), guess, floor), self._partial(None, 2)
+        while not search.update(sums):
+            sums = comm.sum_(self._column_sums(k, search.threshold, search.moving, partial))
+        return search.threshold, search.count
+
+    def plan(self, rows: slice) -> torch.Tensor:
+        s, (V, U) = self.state, self.matrix.shape
+        first, last, _ = rows.indices(V)
+        out = new_matrix(self.matrix, last - first)
+        height, width = self.columns.shape["R"], self.columns.shape["BLOCK"]
+        grid = triton.cdiv(last - first, height), triton.cdiv(U, width)
+        tile = {"R": height, "BLOCK": width}
+        if len(out):
+            dykstra.plan[grid](
+                self.matrix, *self.lanes, out, first, len(out), V, U, len(s.row_threshold), **tile
+            )
+        return out
+
+    def backward(
+        self,
+        grad_VU: torch.Tensor,
+        out_VU: torch.Tensor,
+        col_mean: torch.Tensor,
+        row_mean: torch.Tensor,
+        known: int,
+    ) -> torch.Tensor:
+        s, (V, U) = self.state, self.matrix.shape
+        n, fused = len(s.row_threshold), self.rows.chunks == 1
+        matrices = self.matrix, *self.lanes, grad_VU, out_VU, col_mean, row_mean
+        if known:
+            partial = self._partial(self.rows.parts if fused else 0, 1)
+            count = s.row_count[n - known]
+            dykstra.back_rows[(self.rows.parts,)](
+                *matrices, count, partial, V, U, n, known, **self.rows.shape
+            )
+        if not (known and fused):
+            partial = self._partial(None, 1)
+            dykstra.back_columns[self.columns.grid](
+                *matrices, partial, V, U, n, known, **self.columns.shape
+            )
+        return partial[:, 0].sum(0, dtype=torch.float64)
+
+    def _column_sums(self, k, threshold, moving, partial):
+        """Where no column of a program moves, partial stays as it is; nothing reads its sums."""
+        dykstra.column_sums[self.columns.grid](
+            self.matrix, *self.lanes, threshold, moving, partial, *self.matrix.shape, k,
+            partial.shape[1] == 3, **self.columns.shape,
+        )  # fmt: skip
+        return partial.sum(0, dtype=torch.float64)
+
+    def _partial(self, parts: int | None, sums: int) -> torch.Tensor:
+        """Zeros (parts, sums, U); by default of a pass by columns."""
+        parts = self.columns.parts if parts is None else parts
+        return self.matrix.new_zeros(parts, sums, self.matrix.shape[1])
