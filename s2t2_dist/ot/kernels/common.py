@@ -32,8 +32,10 @@ def above(z, threshold):
 def stepped(threshold, floor, ceiling, before, count, excess, scale):
     """`simplex.newton_step`: thresholds, and which moved."""
     moves = count != before
-    newton = threshold.to(tl.float64) + (excess.to(tl.float64) - scale) / count.to(tl.float64)
-    newton = tl.minimum(tl.maximum(newton.to(tl.float32), floor), ceiling)
+    number = tl.maximum(count, 1.0).to(tl.float64)
+    newton = threshold.to(tl.float64) + (excess.to(tl.float64) - scale) / number
+    newton = tl.where(count > 0, newton.to(tl.float32), float("-inf"))  # to the floor
+    newton = tl.minimum(tl.maximum(newton, floor), ceiling)
     return tl.where(moves, newton, threshold), moves
 
 
@@ -60,7 +62,6 @@ def column_newton(
     high = tl.full((BLOCK,), float("inf"), tl.float32)
     if TOP:
         high = tl.load(ceiling + columns, mask=real, other=0.0)
-    # An empty support goes to the floor. (0 / 0 cannot be: the scale is positive.)
     new, moves = stepped(old, low, high, before, number, excess, scale)
     over = (number == 0) & (before < float("inf"))
     kept = tl.where(over, kept, tl.minimum(new, old))

@@ -78,9 +78,7 @@ def search(
         z, q = row_chunk(cost, top_c, tau, sigma, rows, columns, V, U, K)
         top = tl.max(z, 1)
         for chunk in range(1, CHUNKS):
-            more, _ = row_chunk(
-                cost, top_c, tau, sigma, rows, chunk * BLOCK + columns, V, U, K
-            )
+            more, _ = row_chunk(cost, top_c, tau, sigma, rows, chunk * BLOCK + columns, V, U, K)
             top = tl.maximum(top, tl.max(more, 1))
         scale = tl.load(mu + rows, mask=here, other=1.0)
         ceiling = below(top)
@@ -93,9 +91,7 @@ def search(
             before = count
             count, excess = above(z, threshold)
             for chunk in range(1, CHUNKS):
-                more, _ = row_chunk(
-                    cost, top_c, tau, sigma, rows, chunk * BLOCK + columns, V, U, K
-                )
+                more, _ = row_chunk(cost, top_c, tau, sigma, rows, chunk * BLOCK + columns, V, U, K)
                 more_count, more_excess = above(more, threshold)
                 count += more_count
                 excess += more_excess
@@ -200,9 +196,7 @@ def undo_column(on, gx, gq, col_mean, columns, U, N: tl.constexpr, D: tl.constex
 
 
 @triton.jit
-def undone(
-    on, gx, col_mean, row_mean, rows, columns, V, U, N: tl.constexpr, DONE: tl.constexpr
-):
+def undone(on, gx, col_mean, row_mean, rows, columns, V, U, N: tl.constexpr, DONE: tl.constexpr):
     """gx and gq after DONE iterations are undone, whose means are known."""
     gq = tl.zeros_like(gx)
     for d in tl.static_range(DONE):

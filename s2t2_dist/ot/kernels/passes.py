@@ -13,8 +13,8 @@ from s2t2_dist.ot.kernels.library import Flags
 from s2t2_dist.ot.tiles import new_matrix
 
 MOST_COLUMNS = 8192  # of a row in registers; longer ones are read once per Newton step
-TILE = 4096  # entries, unless a row has more
-PER_THREAD = 16  # of them
+TILE = 1024  # entries, unless a row has more: small ones, so that some load while others search
+PER_THREAD = 8  # of them, for up to 16 warps
 ROWS_PER_PART = 64  # whose column sums are made in float32, with a row's search
 TALL_PART, TALL_ROWS, WIDE = 256, 16, 128  # the same of a pass by columns; its tiles
 LANES = 1024  # columns of a program of their Newton step
@@ -105,7 +105,7 @@ class TritonDykstra(ColumnSearches):
         floor: torch.Tensor,
         sums: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Thresholds and counts of W_k's columns; sums are those of the first step, of all ranks."""
+        """See `ColumnSearches`."""
         search, partial = ColumnSearch(nu_U.contiguous(), guess, floor), self._partial(None, 2)
         while not search.update(sums):
             sums = comm.sum_(self._column_sums(k, search.threshold, search.moving, partial))
