@@ -32,6 +32,7 @@ from s2t2_dist.training.finetune import make_stage
 from s2t2_dist.training.nonfinite import SkippedSteps, require_finite
 from s2t2_dist.training.preflight import check_resume
 from s2t2_dist.training.schedule import learning_rate
+from s2t2_dist.training.usage import Usage, explained
 
 EXIT_DONE = 0
 EXIT_PREEMPTED = 3
@@ -95,7 +96,8 @@ class Trainer:
         self._write_status("running", stage=self.recipe.stages[first].name)
         try:
             for index in range(first, len(self.recipe.stages)):
-                evaluation = self._run_stage(index)
+                with explained(self.recipe.stages[index], self.context.device):
+                    evaluation = self._run_stage(index)
         except PreemptedError:
             self._end("preempted", "KILLED")
             return EXIT_PREEMPTED
@@ -129,6 +131,7 @@ class Trainer:
         if resuming:
             runner.load(self.resume_dir, self.position.world_size)
         progress = Progress(stage.name, start, stage.max_steps, self.comm.rank)
+        usage = Usage(self.context, stage)
         if not resuming:
             evaluation = self._evaluate(runner, stage)
             self._log(stage, index, 0, evaluation.metrics(), progress)
@@ -137,7 +140,9 @@ class Trainer:
         steps = range(start, stage.max_steps)
         read = read_ahead(partial(self._batches, index), steps)
         for step, (batches, predicted) in zip(steps, read, strict=True):
+            usage.begin()
             values = self._step(runner, stage, index, step, batches, predicted)
+            values |= usage.values(values["tokens_per_second"])
             done = step + 1
             if done == stage.max_steps or (stage.eval_steps and done % stage.eval_steps == 0):
                 evaluation = self._evaluate(runner, stage)
