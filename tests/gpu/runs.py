@@ -40,6 +40,15 @@ def write_recipe(folder: Path, data: Path, device: str, dtype: str = "bfloat16",
     return path
 
 
+def keep_stage(recipe: Path, kind: str) -> None:
+    """Leave one of the stages; finetuning then starts from the first rows of the embedding."""
+    values = yaml.safe_load(recipe.read_text())
+    values["stages"] = [stage for stage in values["stages"] if stage["kind"] == kind]
+    if kind == "finetune":
+        values["stages"][0]["init"] = "truncate"
+    recipe.write_text(yaml.safe_dump(values))
+
+
 def environment(folder: Path, device: str) -> dict[str, str]:
     """This interpreter and this checkout first; `python` and `s2t2` under their own names."""
     programs = folder / "bin"

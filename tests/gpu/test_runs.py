@@ -1,10 +1,10 @@
 """Both stages of the demo model by a user's script: on a GPU with NCCL, ZeRO-3 and bf16."""
 
+import re
 import subprocess
 import sys
 
 import pytest
-import yaml
 
 from tests.gpu import runs
 from tests.jobs import launching
@@ -69,17 +69,19 @@ def test_losses_equal_those_of_a_cpu(device, demo_data, tmp_path):
         assert one == other and loss == pytest.approx(expected, abs=LOSS)
 
 
-def test_export_and_evaluate(uninterrupted, device, demo_data, tmp_path):
-    """The exported folder scores as the run did: bf16 logits, in other batches."""
-    print(runs.s2t2(tmp_path, device.type, "export", uninterrupted, "--out", tmp_path / "hf"))
+def test_export_and_evaluate(device, demo_data, tmp_path):
+    """The exported folder scores as the run did: bf16 logits, in other batches.
+
+    Truncated: so few steps of translation leave rare tokens with equal rows, which no export has.
+    """
+    recipe = runs.write_recipe(tmp_path, demo_data, device.type)
+    runs.keep_stage(recipe, "finetune")
+    assert runs.train(recipe, device.type) == 0, runs.output(recipe)
+    runs.s2t2(tmp_path, device.type, "export", tmp_path / "run", "--out", tmp_path / "hf")
     printed = runs.s2t2(tmp_path, device.type, "evaluate", tmp_path / "hf", demo_data)
-    last = [line for line in launching.metrics(uninterrupted) if "eval_loss" in line][-1]
-    loss = next(float(w) for line in printed.splitlines() if "loss" in line for w in numbers(line))
-    assert loss == pytest.approx(last["eval_loss"], abs=0.02), printed
-
-
-def numbers(line: str) -> list[str]:
-    return [word for word in line.replace(",", " ").split() if word.replace(".", "").isdigit()]
+    last = [line for line in launching.metrics(tmp_path / "run") if "eval_loss" in line][-1]
+    (loss,) = re.findall(r"loss\W+(\d+\.\d+)", printed)
+    assert float(loss) == pytest.approx(last["eval_loss"], abs=0.02), printed
 
 
 @pytest.mark.parametrize("stage", ["translate", "finetune"])
@@ -87,11 +89,7 @@ def test_out_of_memory_is_one_line(stage, device, demo_data, tmp_path):
     """It names the stage, the peak and what to lower; exit code 2."""
     large = {"train_batch_size": 256, "per_device_train_batch_size": 256}
     recipe = runs.write_recipe(tmp_path, demo_data, device.type, **large)
-    values = yaml.safe_load(recipe.read_text())
-    values["stages"] = [s for s in values["stages"] if s["kind"] == stage]
-    if stage == "finetune":
-        values["stages"][0]["init"] = "truncate"
-    recipe.write_text(yaml.safe_dump(values))
+    runs.keep_stage(recipe, stage)
     command = [sys.executable, "-c", TOO_LITTLE, device.type, "train", str(recipe)]
     env = runs.environment(tmp_path, device.type)
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)

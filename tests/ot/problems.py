@@ -101,7 +101,7 @@ def solve_cases(comm):
 
 def solve_by_triton(comm):
     """The same of a smaller one, because Triton's interpreter is slow."""
-    return solve_single(comm, 60, 12, "triton")
+    return solve_single(comm, 24, 8, "triton")
 
 
 def solve_single(comm, V=257, U=64, backend="auto"):

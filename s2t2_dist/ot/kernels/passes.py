@@ -14,7 +14,8 @@ from s2t2_dist.ot.tiles import new_matrix
 
 MOST_COLUMNS = 8192  # of a row in registers; longer ones are read once per Newton step
 TILE = 1024  # entries, unless a row has more: small ones, so that some load while others search
-PER_THREAD = 8  # of them, for up to 16 warps
+MOST_ROWS = 8  # of a tile, whose searches wait for each other
+PER_THREAD = 8  # entries of a tile, for up to 16 warps
 ROWS_PER_PART = 64  # whose column sums are made in float32, with a row's search
 TALL_PART, TALL_ROWS, WIDE = 256, 16, 128  # the same of a pass by columns; its tiles
 LANES = 1024  # columns of a program of their Newton step
@@ -25,7 +26,7 @@ class RowGrid:
 
     def __init__(self, V: int, U: int):
         block = min(max(triton.next_power_of_2(U), 16), MOST_COLUMNS)
-        rows = max(1, min(16, TILE // block))
+        rows = max(1, min(MOST_ROWS, TILE // block))
         part = min(ROWS_PER_PART, triton.cdiv(V, rows) * rows)
         self.parts, self.chunks = triton.cdiv(V, part), triton.cdiv(U, block)
         self.shape = {"PART": part, "R": rows, "BLOCK": block, "CHUNKS": self.chunks}
