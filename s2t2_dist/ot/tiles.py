@@ -13,7 +13,7 @@ import torch
 from torch.utils._triton import has_triton
 
 CPU_TILE = 1 << 17  # entries of a tile: half a MiB of float32, to stay in a core's cache
-DEVICE_TILE = 1 << 26  # elsewhere: few, large kernels; it bounds the temporary memory
+DEVICE_TILE = 1 << 24  # elsewhere: few, large kernels; it bounds the temporary memory
 HUGE_PAGES = 1 << 23  # bytes of a matrix from which they pay: a huge page has 2 MiB
 BACKENDS = ("auto", "native", "triton", "compile", "eager")
 FUSED = {"compile": True, "eager": False}  # of backends; others leave it to `Passes`

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from s2t2_dist.ot.kernels import common, dykstra, passes
+from s2t2_dist.ot.kernels import common, dykstra, passes, plan
 
 HOPPER = GPUTarget("cuda", 90, 32)
 DOUBLES = {"mu", "nu", "row_count", "sums", "count"}
@@ -28,6 +28,8 @@ ALIGNED = [["tt.divisibility", 16]]
 def type_of(name: str) -> str:
     if name in SIZES:
         return "i32"
+    if name == "mass":
+        return "fp32"
     return "*fp64" if name in DOUBLES else "*i32" if name in INTEGERS else "*fp32"
 
 
@@ -72,6 +74,8 @@ def main() -> None:
     for known in range(4):
         print(compile_one(dykstra.back_columns, {"N": 3, "KNOWN": known, **tall}, warps))
     print(compile_one(dykstra.plan, {"N": 3, "R": tall["R"], "BLOCK": tall["BLOCK"]}))
+    print(compile_one(plan.plan_sums, tall))
+    print(compile_one(plan.plan_logs, tall))
     for top in (False, True):
         print(compile_one(common.column_newton, {"TOP": top, "BLOCK": passes.LANES}))
 

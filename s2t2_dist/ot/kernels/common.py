@@ -13,6 +13,13 @@ import triton.language as tl
 
 
 @triton.jit
+def load_tile(matrix, rows, columns, V, U):
+    """A tile of a (V, U) matrix and where it is real; elsewhere it is 0."""
+    real = (rows < V)[:, None] & (columns < U)[None, :]
+    return tl.load(matrix + rows[:, None] * U + columns[None, :], mask=real, other=0.0), real
+
+
+@triton.jit
 def below(x):
     """The next float32 under x, as `simplex.below`."""
     bits = x.to(tl.int32, bitcast=True)

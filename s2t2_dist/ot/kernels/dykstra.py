@@ -8,14 +8,7 @@ which the first stays in registers while the others are read again, from the L2 
 import triton
 import triton.language as tl
 
-from s2t2_dist.ot.kernels.common import above, below, stepped
-
-
-@triton.jit
-def load_tile(matrix, rows, columns, V, U):
-    """A tile of a (V, U) matrix and where it is real; elsewhere it is 0."""
-    real = (rows < V)[:, None] & (columns < U)[None, :]
-    return tl.load(matrix + rows[:, None] * U + columns[None, :], mask=real, other=0.0), real
+from s2t2_dist.ot.kernels.common import above, below, load_tile, stepped
 
 
 @triton.jit

@@ -1,6 +1,6 @@
-"""The passes of Dykstra's method by Triton, float32: the same as those in torch.
+"""Sweeps over the rows by Triton, float32: Dykstra's passes and the sums over a plan.
 
-`DykstraPasses` says what each method does.
+`DykstraPasses` and `sums` say what each does.
 """
 
 import torch
@@ -8,7 +8,7 @@ import triton
 
 from s2t2_dist.comm import Comm
 from s2t2_dist.ot.dykstra_passes import ColumnSearches, State
-from s2t2_dist.ot.kernels import common, dykstra
+from s2t2_dist.ot.kernels import common, dykstra, plan
 from s2t2_dist.ot.kernels.library import Flags
 from s2t2_dist.ot.tiles import new_matrix
 
@@ -161,3 +161,23 @@ class TritonDykstra(ColumnSearches):
         """Zeros (parts, sums, U); by default of a pass by columns."""
         parts = self.columns.parts if parts is None else parts
         return self.matrix.new_zeros(parts, sums, self.matrix.shape[1])
+
+
+def tile_sums(plan_hU: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `sums.tile_sums`."""
+    h, U = plan_hU.shape
+    grid = ColumnGrid(h, U)
+    parts, blocks = grid.grid
+    rows, columns = plan_hU.new_empty(blocks, h), plan_hU.new_empty(parts, U)
+    support = plan_hU.new_empty(parts, blocks)
+    plan.plan_sums[grid.grid](plan_hU, rows, columns, support, h, U, **grid.shape)
+    double = {"dtype": torch.float64}
+    return rows.sum(0, **double), columns.sum(0, **double), support.sum(**double)[None]
+
+
+def log_sum(plan_hU: torch.Tensor, mass: float) -> torch.Tensor:
+    """The sum of p log p, p = P / mass, of the entries that are positive."""
+    grid = ColumnGrid(*plan_hU.shape)
+    logs = plan_hU.new_empty(grid.grid)
+    plan.plan_logs[grid.grid](plan_hU, logs, float(mass), *plan_hU.shape, **grid.shape)
+    return logs.sum(dtype=torch.float64)
