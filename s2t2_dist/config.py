@@ -119,6 +119,9 @@ class Stage(_Strict):
         None, description="steps between evaluations; a stage's start and end are always evaluated"
     )
     save_steps: Positive = Field(500, description="steps between checkpoints")
+    samples: Annotated[int, Field(ge=0)] = Field(
+        0, description="validation rows whose start the model continues at each evaluation"
+    )
 
     @model_validator(mode="before")
     @classmethod

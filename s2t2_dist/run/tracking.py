@@ -29,6 +29,7 @@ from s2t2_dist.errors import ArtifactError
 
 METRICS = "metrics.jsonl"
 LINK = "mlflow.json"
+SAMPLES = "samples.jsonl"  # of `training.samples`; an artifact of the MLflow run at its end
 SHIP_SECONDS = 2.0
 RETRY_SECONDS = 0.5
 CLOSE_SECONDS = 60.0
@@ -216,6 +217,8 @@ class MLflowShipper:
         return made[0].info.run_id
 
     def _terminate(self, client, link: dict) -> None:
+        if (self.run_dir / SAMPLES).is_file():
+            client.log_artifact(link["run_id"], str(self.run_dir / SAMPLES))
         client.set_terminated(link["run_id"], status=self._status)
         write_json(self.run_dir / LINK, {**link, "status": self._status})
 

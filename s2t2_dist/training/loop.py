@@ -31,6 +31,7 @@ from s2t2_dist.training.context import Context, StageRunner
 from s2t2_dist.training.finetune import make_stage
 from s2t2_dist.training.nonfinite import SkippedSteps, require_finite
 from s2t2_dist.training.preflight import check_resume
+from s2t2_dist.training.samples import sample
 from s2t2_dist.training.schedule import learning_rate
 from s2t2_dist.training.usage import Usage, explained
 
@@ -133,10 +134,10 @@ class Trainer:
         progress = Progress(stage.name, start, stage.max_steps, self.comm.rank)
         usage = Usage(self.context, stage)
         if not resuming:
-            evaluation = self._evaluate(runner, stage)
+            evaluation = self._evaluate(runner, stage, 0)
             self._log(stage, index, 0, evaluation.metrics(), progress)
         elif start == stage.max_steps:  # its last evaluation is in the metrics already
-            evaluation = self._evaluate(runner, stage)
+            evaluation = self._evaluate(runner, stage, start)
         steps = range(start, stage.max_steps)
         read = read_ahead(partial(self._batches, index), steps)
         for step, (batches, predicted) in zip(steps, read, strict=True):
@@ -145,7 +146,7 @@ class Trainer:
             values |= usage.values(values["tokens_per_second"])
             done = step + 1
             if done == stage.max_steps or (stage.eval_steps and done % stage.eval_steps == 0):
-                evaluation = self._evaluate(runner, stage)
+                evaluation = self._evaluate(runner, stage, done)
                 values |= evaluation.metrics()
             self._log(stage, index, done, values, progress)
             stopping = self._stop_asked()
@@ -201,7 +202,7 @@ class Trainer:
         batches = [load_batch(reader, part, mask) for part in micro]
         return batches, count_predicted(reader, rows, mask)
 
-    def _evaluate(self, runner: StageRunner, stage: Stage) -> Evaluation:
+    def _evaluate(self, runner: StageRunner, stage: Stage, step: int) -> Evaluation:
         runner.evaluation_mode(True)
         evaluation = evaluate(
             runner.logits,
@@ -211,6 +212,7 @@ class Trainer:
             self.comm,
             self.recipe.data.document_mask,
         )
+        sample(runner, self.context, stage, step)
         runner.evaluation_mode(False)
         return evaluation
 
