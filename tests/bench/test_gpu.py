@@ -45,9 +45,7 @@ def test_every_table_has_its_lines():
             plain=[step],
             checkpoint=[{"bytes": 14e9, "save": 9.0, "verify": 5.0, "load": 7.0}],
             loader=[{"tokens_per_second": 1e6}],
-            translator=[
-                {"V": 9, "U": 8, "D": 7, "translate": 0.1, "backward": 0.2, "optimizer": 1}
-            ],
+            translator=[translator],
             tiles=[{"V": 9, "U": 8, "tile": 512, "per_thread": 8, "both": 1e-3}],
         )
     )

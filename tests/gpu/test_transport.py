@@ -59,8 +59,7 @@ def test_dykstra_equals_algorithm_1(backend, dtype, shape, spread, device):
         assert wrong.double().mean().item() <= (0 if clear else FEW)
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS[HERE] if b != "triton"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), GRID, ids=str)
 def test_dual_equals_its_limit_on_the_cpu(backend, dtype, device):
     V, U = LARGER
     mu, nu, _ = make_marginals("row mass", V, U)

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from s2t2_dist.ot.kernels import common, dykstra, passes, plan
+from s2t2_dist.ot.kernels import common, dual, dykstra, passes, plan
 
 HOPPER = GPUTarget("cuda", 90, 32)
 DOUBLES = {"mu", "nu", "row_count", "sums", "count"}
@@ -62,6 +62,7 @@ def main() -> None:
         warps = grid.pop("num_warps")
         for k in (0, 2):
             print(compile_one(dykstra.search, {"K": k, **grid}, warps))
+        print(compile_one(dual.search_rows, grid, warps))
         for known in (1, 3):
             constants = {"N": 3, "KNOWN": known, **grid}
             print(compile_one(dykstra.back_rows, constants, warps))
@@ -74,6 +75,7 @@ def main() -> None:
     for known in range(4):
         print(compile_one(dykstra.back_columns, {"N": 3, "KNOWN": known, **tall}, warps))
     print(compile_one(dykstra.plan, {"N": 3, "R": tall["R"], "BLOCK": tall["BLOCK"]}))
+    print(compile_one(dual.column_sums, {"TOP": True, **tall}, warps))
     print(compile_one(plan.plan_sums, tall))
     print(compile_one(plan.plan_logs, tall))
     for top in (False, True):

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2t2_dist.comm import Comm
 from s2t2_dist.ot import Translator, sparse_sinkhorn
+from s2t2_dist.ot.dual import Dual
 from s2t2_dist.ot.dykstra import Dykstra
 from s2t2_dist.ot.kernels import library, passes
 from s2t2_dist.ot.problem import Problem
@@ -248,6 +250,42 @@ def test_sharded_rows_equal_one_rank(tmp_path):
         torch.testing.assert_close(torch.cat(found), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize(("V", "U", "spread"), [(1, 1, 1.0), (9, 1, 1.0), (21, 33, 0.3)])
+def test_dual_equals_the_passes_in_torch(short, V, U, spread, request):
+    """In float64: potentials, plan and gradient; and the same iterations up to a tolerance."""
+    if short:
+        request.getfixturevalue("short_blocks")
+    mu, nu, unit = make_marginals("skewed", V, U)
+    cost = (spread * make_cost("random", V, U)).detach().float()
+    for solver in (Dual(2), Dual(60, 1e-3)):
+        found = []
+        for backend, dtype in (("triton", torch.float32), ("eager", torch.float64)):
+            masses = (mu / unit).to(DEVICE), (nu / unit).to(DEVICE)
+            problem = Problem(cost.to(DEVICE, dtype), *masses, Comm())
+            solution = replace(solver, backend=backend).solve(problem)
+            grad = torch.randn(V, U, generator=torch.manual_seed(1)).to(problem.cost_VU)
+            solution.backward(grad, grad)
+            found.append((solution.plan(slice(0, V)).double(), grad.double()))
+            found[-1] += (solution.iterations, solution.converged)
+        (plan, grad, *ends), (exact, wanted, *expected) = found
+        torch.testing.assert_close(plan, exact, rtol=0, atol=VALUE)
+        bound = GRADIENT * max(wanted.abs().max().item(), 1e-3)
+        torch.testing.assert_close(grad, wanted, rtol=0, atol=bound)
+        assert ends == expected
+
+
+def test_dual_starts_from_its_potentials_and_repeats():
+    mu, nu, _ = make_marginals("row mass", 20, 8)
+    problem = Problem(make_cost("random", 20, 8).detach().float().to(DEVICE), mu.to(DEVICE),
+                      nu.to(DEVICE), Comm())  # fmt: skip
+    solver = Dual(100, 1e-3, "triton")
+    first, again = solver.solve(problem), solver.solve(problem)
+    assert torch.equal(first.plan(slice(0, 20)), again.plan(slice(0, 20)))
+    assert first.converged and 1 < first.iterations < 100
+    assert solver.solve(problem, first.state).iterations == 1
+
+
 def test_what_the_backend_refuses(monkeypatch):
     cost, marginal = torch.zeros(4, 4, device=DEVICE), torch.ones(4)
     message = "float32 on a GPU with Triton and at most 15 iterations, found torch.float64 on"
@@ -255,6 +293,8 @@ def test_what_the_backend_refuses(monkeypatch):
         sparse_sinkhorn(cost.double(), marginal, marginal, backend="triton")
     with pytest.raises(ValueError, match="and 16; take auto"):
         sparse_sinkhorn(cost, marginal, marginal, 16, backend="triton")
+    with pytest.raises(ValueError, match="float32 on a GPU with Triton, found"):
+        sparse_sinkhorn(cost.double(), marginal, marginal, method="dual", backend="triton")
     monkeypatch.setattr(library, "interpreting", lambda: False)
     with pytest.raises(ValueError, match=r"found torch[.]float32 on cpu"):
         sparse_sinkhorn(cost.cpu(), marginal, marginal, backend="triton")

@@ -1,15 +1,18 @@
-"""Sweeps over the rows by Triton, float32: Dykstra's passes and the sums over a plan.
+"""Sweeps over the rows by Triton, float32: the passes of both methods and the sums over a plan.
 
-`DykstraPasses` and `sums` say what each does.
+`DykstraPasses`, `DualPasses` and `sums` say what each does.
 """
 
 import torch
 import triton
 
 from s2t2_dist.comm import Comm
+from s2t2_dist.ot.dual_passes import DualPasses, RowSearch
 from s2t2_dist.ot.dykstra_passes import ColumnSearches, State
-from s2t2_dist.ot.kernels import common, dykstra, plan
+from s2t2_dist.ot.kernels import common, dual, dykstra, plan
 from s2t2_dist.ot.kernels.library import Flags
+from s2t2_dist.ot.problem import Problem
+from s2t2_dist.ot.simplex import below
 from s2t2_dist.ot.tiles import new_matrix
 
 MOST_COLUMNS = 8192  # of a row in registers; longer ones are read once per Newton step
@@ -48,7 +51,7 @@ class ColumnSearch:
     """`simplex.NewtonSearch` of all columns, on the device: the host only sends kernels.
 
     Args:
-        top: see `NewtonSearch`.
+        ceiling: what no threshold may pass; None where that is not known, as for `NewtonSearch`.
     """
 
     def __init__(
@@ -56,9 +59,9 @@ class ColumnSearch:
         nu: torch.Tensor,
         guess: torch.Tensor,
         floor: torch.Tensor,
-        top: torch.Tensor | None = None,
+        ceiling: torch.Tensor | None = None,
     ):
-        self.nu, self.ceiling = nu, top
+        self.nu, self.ceiling = nu, ceiling
         self.threshold, self.floor, self.good = guess.clone(), floor.clone(), floor.clone()
         self.count = torch.full_like(nu, torch.inf)
         self.moving = torch.ones_like(nu, dtype=torch.int32)
@@ -161,6 +164,56 @@ class TritonDykstra(ColumnSearches):
         """Zeros (parts, sums, U); by default of a pass by columns."""
         parts = self.columns.parts if parts is None else parts
         return self.matrix.new_zeros(parts, sums, self.matrix.shape[1])
+
+
+class TritonDual(DualPasses):
+    """The searches by Triton; the plan and the gradient are torch's."""
+
+    def __init__(self, problem: Problem):
+        super().__init__(problem)
+        self.matrix, (V, U) = self.cost_VU.contiguous(), self.cost_VU.shape
+        self.rows, self.columns = RowGrid(V, U), ColumnGrid(V, U)
+
+    def search_rows(self, row_V1: torch.Tensor, col_U: torch.Tensor) -> RowSearch:
+        (V, U), fused = self.matrix.shape, self.rows.chunks == 1
+        row_V1, col_U = row_V1.clone(), col_U.contiguous()
+        errors = col_U.new_zeros(self.rows.parts)
+        parts = self.rows.parts if fused else self.columns.parts
+        tops = col_U.new_full((parts, U), -torch.inf)
+        partial = col_U.new_zeros(parts, 2, U)
+        dual.search_rows[(self.rows.parts,)](
+            self.matrix, self.top_V1, row_V1, col_U, self.mu_V1.contiguous(), errors, tops, partial,
+            V, U, **self.rows.shape,
+        )  # fmt: skip
+        if not fused:
+            every = torch.ones(U, dtype=torch.int32, device=col_U.device)
+            self._column_sums(row_V1, col_U, every, tops, partial)
+        sums = partial.sum(0, dtype=torch.float64)
+        return RowSearch(row_V1, tops.amax(0), sums, errors.amax(0, keepdim=True))
+
+    def search_columns(
+        self,
+        comm: Comm,
+        nu_U: torch.Tensor,
+        row_V1: torch.Tensor,
+        col_U: torch.Tensor,
+        top_U: torch.Tensor,
+        sums: torch.Tensor,
+    ) -> torch.Tensor:
+        ceiling = below(top_U)
+        floor = torch.minimum((top_U - nu_U).to(top_U.dtype), ceiling)
+        search = ColumnSearch(nu_U.contiguous(), col_U, floor, ceiling)
+        tops, partial = top_U, top_U.new_zeros(self.columns.parts, 2, len(top_U))
+        while not search.update(sums):
+            self._column_sums(row_V1, search.threshold, search.moving, tops, partial, False)
+            sums = comm.sum_(partial.sum(0, dtype=torch.float64))
+        return search.threshold
+
+    def _column_sums(self, row_V1, threshold, moving, tops, partial, with_tops=True):
+        dual.column_sums[self.columns.grid](
+            self.matrix, self.top_V1, row_V1, threshold, moving, tops, partial, *self.matrix.shape,
+            with_tops, **self.columns.shape,
+        )  # fmt: skip
 
 
 def tile_sums(plan_hU: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
