@@ -59,15 +59,15 @@ def token_flops(config: PretrainedConfig, context: Context, stage: Stage) -> flo
 
     6 per weight of a matrix product, and 12 T per layer and width of attention. With frozen
     weights (translate) no weight gradient is made but the head's: 4 per weight. Chowdhery et al.
-    2022, "PaLM", appendix B.
+    2022, "PaLM", appendix B. Of a mixture of experts all weights count, not only those of a token.
 
     Args:
         config: of the model that the stage runs; its embedding is looked up, not multiplied.
     """
     counts, text = count_weights(config), config.get_text_config()
-    heads = text.num_attention_heads
-    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
-    attention = 12 * text.num_hidden_layers * width * context.train.context
+    heads = getattr(text, "num_attention_heads", None) or 0  # 0: no attention, such as Mamba
+    size = getattr(text, "head_dim", None) or (counts.width // heads if heads else 0)
+    attention = 12 * text.num_hidden_layers * heads * size * context.train.context
     embedding = text.vocab_size * counts.width
     if isinstance(stage, Translate):
         head = context.train.metadata["vocab_size"] * counts.width
