@@ -206,7 +206,7 @@ class _Batch:
         self._file, self._schema, self._pad = file, schema, pad_token_id
         tokens_type = schema.field("tokens").type
         self._context = tokens_type.list_size
-        dtype = tokens_type.value_type.to_pandas_dtype()
+        dtype = str(tokens_type.value_type)  # uint16: the name that numpy has for it too
         self._tokens = np.empty(ROWS_PER_BATCH * self._context, dtype)
         self._lengths = np.full(ROWS_PER_BATCH, self._context, np.int32)
         self._starts: list[np.ndarray] = []

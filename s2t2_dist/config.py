@@ -94,8 +94,7 @@ class TrackingConfig(_Strict):
     uri: Uri | None = Field(
         None,
         repr=False,
-        description="tracking server or database; default sqlite:///<cwd>/mlflow.db; a password in "
-        "it is used and not written anywhere",
+        description="server or database; default sqlite:///<cwd>/mlflow.db; a password is not kept",
     )
     experiment: str = Field("s2t2", description="name of the MLflow experiment")
 
@@ -131,6 +130,9 @@ class Stage(_Strict):
         None, description="steps between evaluations; a stage's start and end are always evaluated"
     )
     save_steps: Positive = Field(500, description="steps between checkpoints")
+    samples: Annotated[Whole, Field(ge=0)] = Field(
+        0, description="validation rows whose start the model continues at each evaluation"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -270,13 +270,10 @@ def _joined(
             "learn it again"
         )
     rows = torch.arange(len(counts)).repeat_interleave(counts)
-    return torch.sparse_coo_tensor(
-        torch.stack((rows, indices)),
-        values,
-        (len(counts), columns),
-        is_coalesced=True,
-        check_invariants=True,
-    )
+    with torch.sparse.check_sparse_tensor_invariants():  # torch 2.11 warns of the argument
+        return torch.sparse_coo_tensor(
+            torch.stack((rows, indices)), values, (len(counts), columns), is_coalesced=True
+        )
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ model, and refuses wrong input with a ValueError. Read it in this order:
    of P, the gradient, thresholds for a warm start and a status.
 3. `dykstra` (the paper's Algorithm 1), `dual` (its limit) and `dual_gradient`, `entropic`, `plain`:
    one solver each. The passes over C are in `dykstra_passes` and `dual_passes`, for any device,
-   and in `native/`, in C++ for a CPU; `tiles` cuts C.
+   in `native/`, in C++ for a CPU, and in `kernels/`, in Triton for a GPU; `tiles` cuts C.
 4. `sinkhorn`: a plan as a differentiable function of C, and the names of the methods.
 5. `weights`: the formula of E' and L' (paper, section 2); `translator`: C as a parameter, E' and
    L' from P; `sums`: its statistics.

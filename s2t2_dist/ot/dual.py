@@ -16,10 +16,10 @@ import torch
 
 from s2t2_dist.ot.dual_gradient import write_gradient
 from s2t2_dist.ot.dual_passes import DualPasses, plan_pass
+from s2t2_dist.ot.kernels import library as kernels
 from s2t2_dist.ot.native import library
 from s2t2_dist.ot.native.passes import NativeDual
 from s2t2_dist.ot.problem import Problem, Thresholds, check_iterations
-from s2t2_dist.ot.simplex import NewtonSearch
 from s2t2_dist.ot.tiles import FUSED, check_backend
 
 
@@ -67,7 +67,8 @@ class Dual:
                 if converged or taken == self.iterations:
                     break
             row_V1 = found.row_V1
-            col_U = _search_columns(problem, passes, row_V1, col_U, reduced[:-1], found.sums)
+            sums, top_U = problem.comm.sum_(found.sums), reduced[:-1]
+            col_U = passes.search_columns(problem.comm, problem.nu_U, row_V1, col_U, top_U, sums)
             taken += 1
         return DualSolution(problem, passes, row_V1, col_U, taken, converged)
 
@@ -112,23 +113,17 @@ class DualSolution:
 
 def make_passes(problem: Problem, backend: str) -> DualPasses:
     """How the rows are swept: the one place that looks at the device."""
-    if backend in ("auto", "native") and library.can_call(problem.cost_VU):
+    cost = problem.cost_VU
+    if backend in ("auto", "native") and library.can_call(cost):
         return NativeDual(problem)
+    fits = kernels.can_call(cost)
+    if backend == "triton" and not fits:
+        raise ValueError(
+            f"the backend triton takes float32 on a GPU with Triton, found {cost.dtype} on "
+            f"{cost.device}; take auto"
+        )
+    if backend == "triton" or (backend == "auto" and fits and cost.is_cuda):
+        from s2t2_dist.ot.kernels.passes import TritonDual  # imports Triton
+
+        return TritonDual(problem)
     return DualPasses(problem, FUSED.get(backend))
-
-
-def _search_columns(
-    problem: Problem,
-    passes: DualPasses,
-    row_V1: torch.Tensor,
-    col_U: torch.Tensor,
-    top_U: torch.Tensor,
-    sums: torch.Tensor,
-) -> torch.Tensor:
-    """New column potentials: from the former ones, at which the first sums were taken."""
-    search = NewtonSearch(top_U, problem.nu_U, col_U)
-    moving = search.update(*problem.comm.sum_(sums))
-    while len(moving):
-        sums = passes.column_sums(row_V1, search.threshold, moving)
-        moving = search.update(*problem.comm.sum_(sums))
-    return search.threshold

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 
+from s2t2_dist.comm import Comm
 from s2t2_dist.ot.problem import Problem
-from s2t2_dist.ot.simplex import below, newton_step
+from s2t2_dist.ot.simplex import NewtonSearch, below, newton_step
 from s2t2_dist.ot.tiles import Passes, tiles
 
 ROW_STEPS = 3  # Newton steps of a tile's rows before Python asks whether one still moves
@@ -74,6 +75,27 @@ class DualPasses:
             top_U = torch.maximum(top_U, tile_top)
             sums += tile_sums
         return RowSearch(found_V1, top_U, sums, error)
+
+    def search_columns(
+        self,
+        comm: Comm,
+        nu_U: torch.Tensor,
+        row_V1: torch.Tensor,
+        col_U: torch.Tensor,
+        top_U: torch.Tensor,
+        sums: torch.Tensor,
+    ) -> torch.Tensor:
+        """New column potentials, from the former ones. A collective.
+
+        Args:
+            top_U, sums: of all ranks, at the former potentials; see `RowSearch`.
+        """
+        search = NewtonSearch(top_U, nu_U, col_U)
+        moving = search.update(*sums)
+        while len(moving):
+            sums = self.column_sums(row_V1, search.threshold, moving)
+            moving = search.update(*comm.sum_(sums))
+        return search.threshold
 
     def column_sums(
         self, row_V1: torch.Tensor, threshold_U: torch.Tensor, moving: torch.Tensor

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 
 import torch
 
-from s2t2_dist.ot.dykstra_passes import DykstraPasses, State
+from s2t2_dist.ot.dykstra_passes import ColumnSearches, DykstraPasses, State
+from s2t2_dist.ot.kernels import library as kernels
 from s2t2_dist.ot.native import library
 from s2t2_dist.ot.native.passes import MOST_ITERATIONS, NativeDykstra
 from s2t2_dist.ot.problem import Problem, Thresholds, check_iterations
-from s2t2_dist.ot.simplex import NewtonSearch
 from s2t2_dist.ot.tiles import FUSED, check_backend
 
 
@@ -37,9 +37,9 @@ class Dykstra:
 
     Args:
         iterations: n, at least 1; the paper takes 3.
-        backend: "native" (a CPU with a C++ compiler, at most 4 iterations), "compile"
-            (torch.compile), "eager", or "auto": native or eager on a CPU, compile or eager on
-            other devices.
+        backend: "native" (a CPU with a C++ compiler, at most 4 iterations), "triton" (float32 on a
+            GPU, at most 15 iterations), "compile" (torch.compile), "eager", or "auto": native or
+            eager on a CPU; triton, compile or eager on other devices.
     """
 
     iterations: int = 3
@@ -53,7 +53,7 @@ class Dykstra:
         """See `Solver`.
 
         Raises:
-            ValueError: the backend native cannot do this.
+            ValueError: the backend native or triton cannot do this.
         """
         passes = make_passes(State.empty(problem.cost_VU, self.iterations), self.backend)
         for k in range(self.iterations):
@@ -66,7 +66,7 @@ class DykstraSolution:
 
     converged = None
 
-    def __init__(self, problem: Problem, passes: DykstraPasses | NativeDykstra):
+    def __init__(self, problem: Problem, passes: ColumnSearches):
         self.problem, self.passes = problem, passes
 
     @property
@@ -100,9 +100,9 @@ class DykstraSolution:
         self.passes.backward(grad_VU, out_VU, col_mean, row_mean, n)
 
 
-def make_passes(state: State, backend: str) -> DykstraPasses | NativeDykstra:
+def make_passes(state: State, backend: str) -> ColumnSearches:
     """How the rows are swept: the one place that looks at the device."""
-    n, device = len(state.row_threshold), state.cost.device
+    n, device, dtype = len(state.row_threshold), state.cost.device, state.cost.dtype
     fits = device.type == "cpu" and n <= MOST_ITERATIONS
     if backend == "native" and not fits:
         raise ValueError(
@@ -111,27 +111,33 @@ def make_passes(state: State, backend: str) -> DykstraPasses | NativeDykstra:
         )
     if backend == "native" or (backend == "auto" and fits and library.can_call(state.cost.new())):
         return NativeDykstra(state)
+    fits = n <= kernels.MOST_ITERATIONS and kernels.can_call(state.cost)
+    if backend == "triton" and not fits:
+        raise ValueError(
+            f"the backend triton takes float32 on a GPU with Triton and at most "
+            f"{kernels.MOST_ITERATIONS} iterations, found {dtype} on {device} and {n}; take auto"
+        )
+    if backend == "triton" or (backend == "auto" and fits and state.cost.is_cuda):
+        from s2t2_dist.ot.kernels.passes import TritonDykstra  # imports Triton
+
+        return TritonDykstra(state)
     return DykstraPasses(state, fused=FUSED.get(backend))
 
 
-def _iterate(
-    k: int, problem: Problem, passes: DykstraPasses | NativeDykstra, start: Thresholds | None
-) -> None:
+def _iterate(k: int, problem: Problem, passes: ColumnSearches, start: Thresholds | None) -> None:
     """Find the thresholds of iteration k. The columns' first step shares the rows' sweep."""
     state, mu, nu = passes.state, problem.mu_V, problem.nu_U
     state.row_threshold[k], col_guess = _guesses(k, state, start)
     sums = passes.search(k, mu, col_guess)
-    reduced = problem.comm.sum_(torch.cat((sums.flatten(), sums.new_tensor([len(mu)]))))
-    count, excess, total = reduced[:-1].view_as(sums)
+    rows = sums.new_full((1,), len(mu))  # a kernel: a copy to a device would wait for it
+    reduced = problem.comm.sum_(torch.cat((sums.flatten(), rows)))
+    sums = reduced[:-1].view_as(sums)
     # Left of every threshold, even where a float32 sum is a little off: with all of its entries
     # in the support, a column's would be (total - nu) / rows.
-    floor = (total - 1e-3 * total.abs() - 2 * nu) / reduced[-1]
-    search = NewtonSearch(None, nu, col_guess, floor.to(col_guess.dtype))
-    moving = search.update(count, excess)
-    while len(moving):
-        sums = passes.column_sums(k, search.threshold, moving)
-        moving = search.update(*problem.comm.sum_(sums))
-    state.col_threshold[k], state.col_count[k] = search.threshold, search.count
+    floor = (sums[2] - 1e-3 * sums[2].abs() - 2 * nu) / reduced[-1]
+    state.col_threshold[k], state.col_count[k] = passes.search_columns(
+        k, problem.comm, nu, col_guess, floor.to(col_guess.dtype), sums[:2]
+    )
 
 
 def _guesses(k, state, start):

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from s2t2_dist.ot.simplex import below, newton_step
+from s2t2_dist.comm import Comm
+from s2t2_dist.ot.simplex import NewtonSearch, below, newton_step
 from s2t2_dist.ot.tiles import Passes, tiles
 
 ROW_STEPS = 3  # Newton steps of a row pass before it reports: warm searches need two or three
@@ -45,7 +46,35 @@ class State:
         return cls(cost_VU, cost_VU.new_empty(V), *thresholds, *counts)
 
 
-class DykstraPasses:
+class ColumnSearches:
+    """Passes that are asked for sums, step by step, by a search that runs on the host."""
+
+    state: State
+
+    def search_columns(
+        self,
+        k: int,
+        comm: Comm,
+        nu_U: torch.Tensor,
+        guess_U: torch.Tensor,
+        floor_U: torch.Tensor,
+        sums: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Thresholds and counts of W_k's columns. A collective.
+
+        Args:
+            guess_U, floor_U: see `NewtonSearch`.
+            sums: (2, U), counts and excesses of all ranks at the guess.
+        """
+        search = NewtonSearch(None, nu_U, guess_U, floor_U)
+        moving = search.update(*sums)
+        while len(moving):
+            sums = self.column_sums(k, search.threshold, moving)
+            moving = search.update(*comm.sum_(sums))
+        return search.threshold, search.count
+
+
+class DykstraPasses(ColumnSearches):
     """One sweep over the rows per call, results summed over them.
 
     Args:

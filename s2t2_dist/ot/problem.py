@@ -90,7 +90,7 @@ def check_iterations(iterations: int) -> None:
 def check_cost(cost_VU: torch.Tensor, comm: Comm) -> None:
     """Raise a ValueError, on every rank, unless the rows of all ranks can be solved for."""
     check_dtype(cost_VU, "cost")
-    bad = torch.tensor([float(not is_finite(cost_VU))], device=cost_VU.device)
+    bad = (~is_finite(cost_VU)).float()[None]
     if comm.max_(bad).item():
         raise ValueError(f"cost {NOT_FINITE}")
 

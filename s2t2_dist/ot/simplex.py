@@ -127,12 +127,12 @@ def check_dtype(z: torch.Tensor, name: str) -> None:
         raise ValueError(f"{name} is {z.dtype}; thresholds need float32 or float64")
 
 
-def is_finite(z: torch.Tensor) -> bool:
+def is_finite(z: torch.Tensor) -> torch.Tensor:
     """Whether every entry is, and every difference of two; one pass, no temporary of z's size."""
     if z.numel() == 0:
-        return True
+        return torch.ones((), dtype=torch.bool, device=z.device)
     low, high = z.detach().aminmax()
-    return math.isfinite(high - low)
+    return (high - low).isfinite()
 
 
 class _Projection(torch.autograd.Function):

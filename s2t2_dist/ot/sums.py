@@ -6,6 +6,7 @@ Shapes: V rows of this rank, h rows of a tile, U columns. Sums are float64.
 import torch
 
 from s2t2_dist.comm import Comm
+from s2t2_dist.ot.kernels import library as kernels
 from s2t2_dist.ot.native import library
 
 
@@ -15,7 +16,7 @@ class PlanSums:
     def __init__(self, mu_V: torch.Tensor, nu_U: torch.Tensor):
         self.mu, self.nu = mu_V, nu_U
         self.col_sums = torch.zeros_like(nu_U)
-        self.row_error, self.support, self.log_sum = torch.zeros(3, 1).to(nu_U)
+        self.row_error, self.support, self.log_sum = nu_U.new_zeros(3, 1)
 
     def add(self, rows: slice, plan_hU: torch.Tensor) -> None:
         """Count a tile in (a row at least)."""
@@ -27,6 +28,11 @@ class PlanSums:
 
     def add_entropy(self, plan_hU: torch.Tensor, mass: float) -> None:
         """Add a tile's sum of p log p, p = P / mass; entries of a plain P below 0 count as 0."""
+        if _on_a_gpu(plan_hU):
+            from s2t2_dist.ot.kernels import passes  # imports Triton
+
+            self.log_sum += passes.log_sum(plan_hU, mass)
+            return
         p = plan_hU.clamp_min(0).div_(mass)
         # Where p is 0 any number does for its logarithm; that of 0 itself is slow.
         self.log_sum += p.clamp_min(torch.finfo(p.dtype).tiny).log_().mul_(p).sum()
@@ -37,9 +43,14 @@ class PlanSums:
         row_errors[comm.rank] = self.row_error
         sums = comm.sum_(torch.cat((self.col_sums, self.support, self.log_sum, row_errors)))
         U = len(self.nu)
-        col_error = ((sums[:U] - self.nu).abs() / self.nu).max().item()
-        support, log_sum = sums[U : U + 2].tolist()
-        return sums[U + 2 :].max().item(), col_error, support, log_sum
+        col_error = ((sums[:U] - self.nu).abs() / self.nu).max()
+        ends = sums[U + 2 :].max(), col_error, *sums[U : U + 2]
+        return tuple(torch.stack(ends).tolist())  # at once: each read waits for the device
+
+
+def _on_a_gpu(plan_hU: torch.Tensor) -> bool:
+    """Whether Triton's kernels take it; on a CPU, where they are for tests, native code does."""
+    return plan_hU.is_cuda and plan_hU.is_contiguous() and kernels.can_call(plan_hU)
 
 
 def tile_sums(plan_hU: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -47,6 +58,10 @@ def tile_sums(plan_hU: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
 
     Native code makes the sums in the plan's dtype over blocks, and in float64 over those.
     """
+    if _on_a_gpu(plan_hU):
+        from s2t2_dist.ot.kernels import passes  # imports Triton
+
+        return passes.tile_sums(plan_hU)
     if not library.can_call(plan_hU):
         support = torch.count_nonzero(plan_hU).double()[None]
         return plan_hU.sum(1, dtype=torch.float64), plan_hU.sum(0, dtype=torch.float64), support

@@ -13,9 +13,9 @@ import torch
 from torch.utils._triton import has_triton
 
 CPU_TILE = 1 << 17  # entries of a tile: half a MiB of float32, to stay in a core's cache
-DEVICE_TILE = 1 << 26  # elsewhere: few, large kernels; it bounds the temporary memory
+DEVICE_TILE = 1 << 24  # elsewhere: few, large kernels; it bounds the temporary memory
 HUGE_PAGES = 1 << 23  # bytes of a matrix from which they pay: a huge page has 2 MiB
-BACKENDS = ("auto", "native", "compile", "eager")
+BACKENDS = ("auto", "native", "triton", "compile", "eager")
 FUSED = {"compile": True, "eager": False}  # of backends; others leave it to `Passes`
 RECOMPILE_LIMIT = 64  # a pass is compiled once per iteration number and dtype
 
@@ -71,9 +71,12 @@ class Passes:
         self.fused = not matrix.is_cpu and has_triton() if fused is None else fused
 
     def __call__(self, function: Callable, *tensors: object):
-        return (_compiled(function) if self.fused else function)(*tensors)
+        if not self.fused:
+            return function(*tensors)
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            return _compiled(function)(*tensors)
 
 
 @functools.cache
 def _compiled(function: Callable) -> Callable:
-    return torch.compile(function, dynamic=True, fullgraph=True, recompile_limit=RECOMPILE_LIMIT)
+    return torch.compile(function, dynamic=True, fullgraph=True)

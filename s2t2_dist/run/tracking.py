@@ -30,6 +30,7 @@ from s2t2_dist.run import link as links
 from s2t2_dist.run import store
 from s2t2_dist.run.metrics import METRICS, metric_values, parse_lines, position
 
+SAMPLES = "samples.jsonl"  # of `training.samples`; an artifact of the MLflow run at its end
 SHIP_SECONDS = 2.0
 RETRY_SECONDS = 0.5
 CLOSE_SECONDS = 60.0
@@ -227,6 +228,8 @@ class MLflowShipper:
             self._keep(artifacts=[*sent, name])
 
     def _terminate(self) -> None:
+        if (self.run_dir / SAMPLES).is_file():
+            _try_artifact(self._client, self._link["run_id"], self.run_dir / SAMPLES)
         self._client.set_terminated(self._link["run_id"], status=self._status)
         self._keep(status=self._status)
 

@@ -37,7 +37,9 @@ from s2t2_dist.training.context import Context, StageRunner
 from s2t2_dist.training.finetune import make_stage, uses_translation_of_run
 from s2t2_dist.training.nonfinite import SkippedSteps, never_better, require_finite
 from s2t2_dist.training.preflight import check_resume
+from s2t2_dist.training.samples import sample
 from s2t2_dist.training.schedule import learning_rate
+from s2t2_dist.training.usage import Usage, explained
 
 _log = logging.getLogger(__name__)
 
@@ -106,7 +108,8 @@ class Trainer:
         evaluation = None
         try:
             for index in range(first, len(self.recipe.stages)):
-                evaluation = self._run_stage(index, evaluation)
+                with explained(self.recipe.stages[index], self.context.device):
+                    evaluation = self._run_stage(index, evaluation)
         except PreemptedError:
             self._end("preempted", "KILLED")
             return EXIT_PREEMPTED
@@ -160,22 +163,25 @@ class Trainer:
         if resuming:
             runner.load(self.resume_dir, self.position.world_size)
         progress = Progress(stage.name, start, stage.max_steps, self.comm.rank)
+        usage = Usage(self.context, stage)
         if not resuming:
             runner.probe()
-            evaluation = self._evaluate(runner, stage)
+            evaluation = self._evaluate(runner, stage, 0)
             self._log(stage, index, 0, evaluation.metrics(), progress)
             if before is not None and uses_translation_of_run(stage):
                 dtype = getattr(torch, self.recipe.model.dtype)
                 require_folded(before.loss, evaluation.loss, dtype)
         elif start == stage.max_steps:  # its last evaluation is in the metrics already
-            evaluation = self._evaluate(runner, stage)
+            evaluation = self._evaluate(runner, stage, start)
         steps = range(start, stage.max_steps)
         read = read_ahead(partial(self._batches, index), steps)
         for step, (batches, predicted) in zip(steps, read, strict=True):
+            usage.begin()
             values = self._step(runner, stage, index, step, batches, predicted)
+            values |= usage.values(values["tokens_per_second"])
             done = step + 1
             if done == stage.max_steps or (stage.eval_steps and done % stage.eval_steps == 0):
-                evaluation = self._evaluate(runner, stage)
+                evaluation = self._evaluate(runner, stage, done)
                 values |= evaluation.metrics()
             self._log(stage, index, done, values, progress)
             stopping = self._stop_asked()
@@ -245,7 +251,7 @@ class Trainer:
         batches = [load_batch(reader, part, mask) for part in micro]
         return batches, count_predicted(reader, rows, mask)
 
-    def _evaluate(self, runner: StageRunner, stage: Stage) -> Evaluation:
+    def _evaluate(self, runner: StageRunner, stage: Stage, step: int) -> Evaluation:
         runner.evaluation_mode(True)
         evaluation = evaluate(
             runner.logits,
@@ -255,6 +261,7 @@ class Trainer:
             self.comm,
             self.recipe.data.document_mask,
         )
+        sample(runner, self.context, stage, step)
         runner.evaluation_mode(False)
         return evaluation
 

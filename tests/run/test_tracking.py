@@ -64,6 +64,20 @@ def _history(uri: str, run_dir, key: str) -> list[tuple[int, float]]:
 
 
 @pytest.mark.slow
+def test_samples_of_text_are_an_artifact_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where a local store keeps artifacts
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    shipper = MLflowShipper(run_dir, TrackingConfig(uri=uri), {"seed": "17"})
+    (run_dir / "samples.jsonl").write_text("{}\n")
+    assert shipper.close("FINISHED")
+    run_id = json.loads((run_dir / "mlflow.json").read_text())["run_id"]
+    artifacts = MlflowClient(tracking_uri=uri).list_artifacts(run_id)
+    assert [artifact.path for artifact in artifacts] == ["samples.jsonl"]
+
+
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_in_the_same_mlflow_run(tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     tracking = TrackingConfig(uri=uri, experiment="proteins")

@@ -8,7 +8,7 @@ import math
 import torch
 
 from s2t2_dist.ot.dual_passes import DualPasses, RowSearch
-from s2t2_dist.ot.dykstra_passes import State
+from s2t2_dist.ot.dykstra_passes import ColumnSearches, State
 from s2t2_dist.ot.native import library
 from s2t2_dist.ot.tiles import new_matrix
 
@@ -17,7 +17,7 @@ GATHER = 8  # columns are picked out of the rows when fewer than one in GATHER s
 LANES = 16  # and filled up to a multiple of it: single entries at the end of a row are slow
 
 
-class NativeDykstra:
+class NativeDykstra(ColumnSearches):
     """One sweep over the rows per call, for at most MOST_ITERATIONS iterations."""
 
     def __init__(self, state: State):
