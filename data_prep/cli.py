@@ -14,9 +14,13 @@ from data_prep.cli_options import (
     Inputs,
     KindOption,
     OutDir,
+    Rank,
+    Ranks,
     SkipBad,
     Strict,
     TextField,
+    ValidationFraction,
+    Workers,
     own_cores,
     report,
     require_rank,
@@ -150,9 +154,7 @@ def data_build(
     out: OutDir,
     tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json.")],
     context: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
-    validation_fraction: Annotated[
-        float, typer.Option(help="Share of documents held out, chosen by the hash of their ids.")
-    ] = 0.01,
+    validation_fraction: ValidationFraction = 0.01,
     characters: Annotated[
         bool, typer.Option("--characters", help="One token for every character.")
     ] = False,
@@ -171,15 +173,9 @@ def data_build(
     field: TextField = "text",
     id_field: IdField = "id",
     skip_bad: SkipBad = False,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Worker processes of this rank; default: its cores.")
-    ] = None,
-    rank: Annotated[
-        int, typer.Option(envvar="RANK", min=0, help="Index of this rank, which does one share.")
-    ] = 0,
-    ranks: Annotated[
-        int, typer.Option(envvar="WORLD_SIZE", min=1, help="Number of ranks that share the work.")
-    ] = 1,
+    workers: Workers = None,
+    rank: Rank = 0,
+    ranks: Ranks = 1,
     only: Annotated[
         Literal["encode", "pack", "seal"] | None,
         typer.Option(help="One step to do, for ranks that run at different times."),

@@ -39,8 +39,6 @@ SkipBad = Annotated[
     bool,
     typer.Option("--skip-bad", help="Leave out and count records that would be an error."),
 ]
-
-
 KindOption = Annotated[
     Literal["bpe", "sentencepiece"],
     typer.Option("--kind", help="Library that trains: tokenizers (BPE) or SentencePiece."),
@@ -48,6 +46,18 @@ KindOption = Annotated[
 AlgorithmOption = Annotated[
     Literal["bpe", "unigram"],
     typer.Option("--algorithm", help="Model that it trains; unigram by SentencePiece only."),
+]
+ValidationFraction = Annotated[
+    float, typer.Option(help="Share of documents held out, chosen by the hash of their ids.")
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Worker processes of this rank; default: its cores.")
+]
+Rank = Annotated[
+    int, typer.Option(envvar="RANK", min=0, help="Index of this rank, which does one share.")
+]
+Ranks = Annotated[
+    int, typer.Option(envvar="WORLD_SIZE", min=1, help="Number of ranks that share the work.")
 ]
 
 

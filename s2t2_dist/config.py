@@ -328,23 +328,3 @@ def recipe_schema() -> dict:
 def recipe_values(recipe: Recipe) -> dict:
     """The resolved recipe as plain values (paths as text), as `config.yaml` holds it."""
     return recipe.model_dump(mode="json")
-
-
-def changed_keys(old: dict, new: dict, prefix: str = "") -> list[str]:
-    """`key: old -> new` for every leaf in which two resolved recipes differ."""
-    changes = []
-    for key in sorted({*old, *new}):
-        path = f"{prefix}{key}"
-        a, b = _as_mapping(old.get(key)), _as_mapping(new.get(key))
-        if isinstance(a, dict) and isinstance(b, dict):
-            changes += changed_keys(a, b, f"{path}.")
-        elif a != b:
-            changes.append(f"{path}: {a} -> {b}")
-    return changes
-
-
-def _as_mapping(value: object) -> object:
-    """A list of stages as a mapping from stage name, anything else as it is."""
-    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
-        return {item.get("name") or item.get("kind", str(i)): item for i, item in enumerate(value)}
-    return value

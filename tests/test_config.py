@@ -11,12 +11,12 @@ from s2t2_dist import cli, yaml12
 from s2t2_dist.config import (
     Finetune,
     Translate,
-    changed_keys,
     load_recipe,
     recipe_schema,
     recipe_values,
 )
 from s2t2_dist.errors import ConfigError
+from s2t2_dist.overrides import changed_keys
 
 RECIPES = sorted((Path(__file__).parent.parent / "launch" / "recipes").glob("*.yaml"))
 

@@ -27,7 +27,6 @@ from s2t2_dist.config import (
     Recipe,
     Stage,
     Translate,
-    changed_keys,
     recipe_values,
 )
 from s2t2_dist.data.shards import require_tokenizer, tokenizer_sha256
@@ -46,6 +45,7 @@ from s2t2_dist.lm.sizes import (
 from s2t2_dist.lm.translation import check_translation, load_translation
 from s2t2_dist.lm.vocabulary import source_rows
 from s2t2_dist.ot.sizes import cost_states
+from s2t2_dist.overrides import changed_keys
 from s2t2_dist.run.checkpoint import Position
 from s2t2_dist.run.directory import LOCK
 from s2t2_dist.run.metrics import METRICS, read_metrics, require_length, require_unaltered

@@ -71,7 +71,7 @@ def token_flops(config: PretrainedConfig, context: Context, stage: Stage) -> flo
     embedding = text.vocab_size * counts.width
     if isinstance(stage, Translate):
         head = context.train.metadata["vocab_size"] * counts.width
-        return 4 * (counts.backbone - embedding) + 6 * head + attention
+        return 4 * counts.backbone + 6 * head + attention
     return 6 * (counts.total - (0 if counts.tied_head else embedding)) + attention
 
 

@@ -316,6 +316,6 @@ def test_a_malformed_tokenizer_is_named(tmp_path, text):
 def test_a_vocabulary_that_does_not_fit_the_weights_is_named(folder, protein_data, rows):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": rows}))
-    message = f"config.json has vocab_size {rows}, but the embedding has 400 rows"
+    message = rf"embed_tokens.weight has shape \(400, 32\), but the config makes it \({rows}, 32\)"
     with pytest.raises(ArtifactError, match=message):
         check(folder, protein_data)

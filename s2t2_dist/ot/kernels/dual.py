@@ -11,10 +11,12 @@ from s2t2_dist.ot.kernels.common import above, below, load_tile, stepped
 
 
 @triton.jit
-def less_column(x, col, columns, U):
-    """Entries less their column's potential, -inf where there is no column."""
+def row_chunk(cost, top, col, rows, columns, V, U):
+    """Entries less their row's largest; and less their column's potential, -inf beside columns."""
+    c, _ = load_tile(cost, rows, columns, V, U)
+    x = c - top[:, None]
     potential = tl.load(col + columns, mask=columns < U, other=0.0)[None, :]
-    return tl.where((columns < U)[None, :], x - potential, float("-inf"))
+    return x, tl.where((columns < U)[None, :], x - potential, float("-inf"))
 
 
 @triton.jit
@@ -38,14 +40,11 @@ def search_rows(
     for start in range(0, PART, R):
         rows = part.to(tl.int64) * PART + start + tl.arange(0, R)
         here = rows < V
-        top_c = tl.load(top + rows, mask=here, other=0.0)[:, None]
-        c, _ = load_tile(cost, rows, columns, V, U)
-        x = c - top_c
-        z = less_column(x, col, columns, U)
+        top_c = tl.load(top + rows, mask=here, other=0.0)
+        x, z = row_chunk(cost, top_c, col, rows, columns, V, U)
         largest = tl.max(z, 1)
         for chunk in range(1, CHUNKS):
-            c, _ = load_tile(cost, rows, chunk * BLOCK + columns, V, U)
-            more = less_column(c - top_c, col, chunk * BLOCK + columns, U)
+            _, more = row_chunk(cost, top_c, col, rows, chunk * BLOCK + columns, V, U)
             largest = tl.maximum(largest, tl.max(more, 1))
         scale = tl.load(mu + rows, mask=here, other=1.0)
         ceiling = below(largest)
@@ -58,8 +57,7 @@ def search_rows(
             before = count
             count, excess = above(z, threshold)
             for chunk in range(1, CHUNKS):
-                c, _ = load_tile(cost, rows, chunk * BLOCK + columns, V, U)
-                more = less_column(c - top_c, col, chunk * BLOCK + columns, U)
+                _, more = row_chunk(cost, top_c, col, rows, chunk * BLOCK + columns, V, U)
                 more_count, more_excess = above(more, threshold)
                 count += more_count
                 excess += more_excess
