@@ -209,8 +209,9 @@ def loading_report(folder: Path) -> LoadingReport:
     Raises:
         ArtifactError: transformers gives up.
     """
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # it prints a table of what is returned here
     try:
         _, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -224,6 +225,7 @@ def loading_report(folder: Path) -> LoadingReport:
             f"{folder} cannot be loaded by transformers ({one_line(error)}); copy the model again"
         ) from None
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
     kinds = info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"]

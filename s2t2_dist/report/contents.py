@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from s2t2_dist import artifacts
 from s2t2_dist.data.shards import TOKENIZER_JSON
 from s2t2_dist.lm.architecture import read_config
 from s2t2_dist.lm.folder import LoadingReport, WeightFiles, loading_report
+from s2t2_dist.lm.tokenizer import read_tokenizer
 
 # Manifest key: ids of tokens that no training row contained. Their embeddings may be equal.
 UNTRAINED = "untrained_token_ids"
@@ -47,7 +48,7 @@ class ModelFolder:
     def tokenizer(self):
         if not (self.path / TOKENIZER_JSON).is_file():
             raise CheckError(f"{TOKENIZER_JSON} is missing")
-        return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+        return read_tokenizer(self.path)
 
     @cached_property
     def token_ids(self) -> list[int]:

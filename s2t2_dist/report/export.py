@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 from huggingface_hub import split_torch_state_dict_into_shards
-from transformers import AutoTokenizer
 
 from s2t2_dist import artifacts
 from s2t2_dist.config import Recipe, Translate
@@ -17,6 +16,7 @@ from s2t2_dist.lm.fold import save_configs
 from s2t2_dist.lm.folder import WeightFiles, local_folder, write_weights
 from s2t2_dist.lm.inputs import is_from_hub, recorded_recipe, require_recipe, require_unchanged
 from s2t2_dist.lm.result import MAX_SHARD_SIZE, MODEL_DIR, copy_tokenizer
+from s2t2_dist.lm.tokenizer import read_tokenizer
 from s2t2_dist.lm.translation import RECORD, TRANSLATION_DIR, fold_translation
 from s2t2_dist.report.card import model_card
 from s2t2_dist.report.contents import UNTRAINED
@@ -71,7 +71,7 @@ def release(
             source = folded
         copy_weights(source, temporary, max_shard_size)
         copy_tokenizer(train.directory, temporary)
-        tokenizer = AutoTokenizer.from_pretrained(temporary)
+        tokenizer = read_tokenizer(temporary)
         ids = {name: getattr(tokenizer, name) for name in SPECIAL_IDS}
         save_configs(read_config(source), ids, temporary, source)
         stated = Evaluation(**record["evaluation"])

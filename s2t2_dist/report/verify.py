@@ -6,7 +6,6 @@ problem, or what it found. Weights are read from the safetensors, one matrix at 
 Shapes: V rows of the embedding and of the LM head, D width.
 """
 
-import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,8 @@ from safetensors import SafetensorError
 from s2t2_dist import artifacts
 from s2t2_dist.errors import ArtifactError, S2T2Error
 from s2t2_dist.lm.architecture import on_meta
+from s2t2_dist.lm.tokenizer import check_end_and_padding, check_round_trip
 from s2t2_dist.report.contents import CheckError, ModelFolder
-
-SAMPLE_CHARACTERS = 2000
 
 
 @dataclass(frozen=True)
@@ -200,15 +198,6 @@ def _as_set(value: int | list[int] | None) -> frozenset:
     return frozenset(value if isinstance(value, list) else [value])
 
 
-def _padding(model: ModelFolder) -> str:
-    pad, eos = model.tokenizer.pad_token_id, model.tokenizer.eos_token_id
-    if eos is None:
-        raise CheckError("the tokenizer has no end-of-sequence token: generation would not stop")
-    if pad == eos:
-        raise CheckError(f"padding and end of sequence are both token {eos}")
-    return "no padding token" if pad is None else f"pad {pad}, eos {eos}"
-
-
 def _tied(model: ModelFolder) -> str:
     vocabulary = model.weights.vocabulary
     name = vocabulary.heads[-1]
@@ -230,25 +219,6 @@ def _dtype(model: ModelFolder) -> str:
     return str(stated).removeprefix("torch.")
 
 
-def _round_trip(model: ModelFolder) -> str:
-    """Text of the tokenizer's alphabet survives encoding and decoding."""
-    tokenizer = model.tokenizer
-    special = set(tokenizer.all_special_ids)
-    texts = (tokenizer.decode([i]) for i in model.token_ids if i not in special)
-    letters = [text for text in texts if len(text) == 1 and text.isprintable() and text != "\ufffd"]
-    # Every letter, then every second, every third and so on: new neighbours exercise the merges.
-    sample = "".join("".join(letters[::step]) for step in range(1, 40))[:SAMPLE_CHARACTERS]
-    if not sample:
-        raise CheckError("no token is a single letter")
-    ids = tokenizer.encode(sample, add_special_tokens=False)
-    back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    if back != sample:
-        pairs = zip(sample, back, strict=False)
-        at = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
-        raise CheckError(f"{sample[at : at + 20]!r} comes back as {back[at : at + 20]!r}")
-    return f"{len(sample)} characters over {len(letters)} letters in {len(ids)} tokens"
-
-
 CHECKS: dict[str, Callable[[ModelFolder], str]] = {
     "files": _files,
     "parameters": _parameters,
@@ -257,8 +227,8 @@ CHECKS: dict[str, Callable[[ModelFolder], str]] = {
     "zero rows": _no_zero_rows,
     "duplicate rows": _distinct_rows,
     "special tokens": _special_ids,
-    "padding": _padding,
+    "padding": lambda model: check_end_and_padding(model.tokenizer),
     "tied or untied": _tied,
     "dtype": _dtype,
-    "round trip": _round_trip,
+    "round trip": lambda model: check_round_trip(model.tokenizer),
 }

@@ -29,8 +29,8 @@ from s2t2_dist.config import (
     Translate,
     recipe_values,
 )
-from s2t2_dist.data.shards import require_tokenizer, tokenizer_sha256
-from s2t2_dist.errors import ConfigError, PreflightError, collective
+from s2t2_dist.data.shards import TOKENIZER_DIR, require_tokenizer, tokenizer_sha256
+from s2t2_dist.errors import ConfigError, DataError, PreflightError, collective
 from s2t2_dist.lm.architecture import random_lm_config
 from s2t2_dist.lm.fold import require_translatable
 from s2t2_dist.lm.folder import WeightFiles, local_folder
@@ -42,6 +42,7 @@ from s2t2_dist.lm.sizes import (
     trained_config,
     weight_states,
 )
+from s2t2_dist.lm.tokenizer import check_end_and_padding, check_round_trip, read_tokenizer
 from s2t2_dist.lm.translation import check_translation, load_translation
 from s2t2_dist.lm.vocabulary import source_rows
 from s2t2_dist.ot.sizes import cost_states
@@ -122,6 +123,7 @@ def check_inputs(context: Context) -> None:
         ArtifactError: weights or a translation that are incomplete or altered.
     """
     recipe, data = context.recipe, context.train.metadata
+    _check_tokenizer(context.train.directory / TOKENIZER_DIR)
     if recipe.model.config is not None:
         vocabulary = {"vocab_size": data["vocab_size"], **context.special_ids}
         _check_length(random_lm_config(recipe.model, vocabulary), context.train.context)
@@ -141,6 +143,16 @@ def check_inputs(context: Context) -> None:
             _check_translate(stage, weights, context.deepspeed, data["vocab_size"])
         else:
             _check_finetune(stage, weights, data)
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """An export would be refused for it at the end."""
+    tokenizer = read_tokenizer(folder)
+    for check in (check_end_and_padding, check_round_trip):
+        try:
+            check(tokenizer)
+        except DataError as error:
+            raise DataError(f"{folder}: {error}") from None
 
 
 def _check_length(config: PretrainedConfig, rows_of: int) -> None:

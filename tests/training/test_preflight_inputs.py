@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from s2t2_dist import artifacts
 from s2t2_dist.comm import Comm
 from s2t2_dist.config import ModelConfig, Recipe
 from s2t2_dist.data.shards import ShardReader, tokenizer_sha256
@@ -319,3 +320,38 @@ def test_a_vocabulary_that_does_not_fit_the_weights_is_named(folder, protein_dat
     message = rf"embed_tokens.weight has shape \(400, 32\), but the config makes it \({rows}, 32\)"
     with pytest.raises(ArtifactError, match=message):
         check(folder, protein_data)
+
+
+def same_padding_and_end(folder):
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "pad_token": config["eos_token"]}))
+
+
+def lossy_decoder(folder):
+    path = folder / "tokenizer.json"
+    lossy = {"type": "Replace", "pattern": {"String": "AC"}, "content": "A"}
+    decoder = {"type": "Sequence", "decoders": [{"type": "Fuse"}, lossy]}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "decoder": decoder}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (same_padding_and_end, "padding and end of sequence are both token"),
+        (lossy_decoder, "does not decode what it encodes"),
+    ],
+)
+@pytest.mark.parametrize("stage", [TRANSLATE, PRETRAIN])
+def test_a_tokenizer_that_no_export_would_take_is_refused_before_the_first_step(
+    source_model, protein_data, tmp_path, stage, damage, message
+):
+    data = shutil.copytree(protein_data, tmp_path / "data")
+    record = artifacts.read_manifest(data)
+    damage(data / "tokenizer")
+    artifacts.seal(data, record)
+    with pytest.raises(DataError, match=message):
+        if stage is PRETRAIN:
+            check_pretrain(data)
+        else:
+            check(source_model, data, stage)
