@@ -55,7 +55,8 @@ def outcome(model_type: str, tokenizer: Path) -> str:
         try:
             return _translate(folder)
         except S2T2Error as error:
-            return f"refused: {str(error).replace(str(folder), '').lstrip('/').removeprefix('base: ')}"
+            told = str(error).replace(str(folder), "").lstrip("/")
+            return f"refused: {told.removeprefix('base: ')}"
         except Exception as error:
             return f"TRACEBACK: {_short(error)}"
     finally:
