@@ -29,7 +29,8 @@ STATUS = "status.json"
 STATES = ("running", "preempted", "failed", "done")
 CONFIG = "config.yaml"
 LOCK = ".lock"
-# Recipe keys that cannot change a result, besides `save_steps` of each stage.
+# Keys of each stage that cannot change a result, and of the recipe.
+FREE_STAGE_KEYS = ("save_steps", "samples")
 FREE_KEYS = (
     "output_dir",
     "tracking",
@@ -237,7 +238,8 @@ def _decisive(values: dict) -> dict:
     for key in FREE_KEYS:
         values.pop(key, None)
     for stage in values["stages"]:
-        stage.pop("save_steps", None)
+        for key in FREE_STAGE_KEYS:
+            stage.pop(key, None)
     values["data"].pop("tokenizer", None)
     values["model"].pop("revision", None)
     for mapping in (values, values["data"], values["model"], *values["stages"]):

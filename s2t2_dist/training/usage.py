@@ -65,14 +65,20 @@ def token_flops(config: PretrainedConfig, context: Context, stage: Stage) -> flo
         config: of the model that the stage runs; its embedding is looked up, not multiplied.
     """
     counts, text = count_weights(config), config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None) or 0  # 0: no attention, such as Mamba
-    size = getattr(text, "head_dim", None) or (counts.width // heads if heads else 0)
-    attention = 12 * text.num_hidden_layers * heads * size * context.train.context
+    layers, heads = _whole(text, "num_hidden_layers"), _whole(text, "num_attention_heads")
+    size = _whole(text, "head_dim") or (counts.width // heads if heads else 0)
+    attention = 12 * layers * heads * size * context.train.context
     embedding = text.vocab_size * counts.width
     if isinstance(stage, Translate):
         head = context.train.metadata["vocab_size"] * counts.width
         return 4 * counts.backbone + 6 * head + attention
     return 6 * (counts.total - (0 if counts.tied_head else embedding)) + attention
+
+
+def _whole(config: PretrainedConfig, name: str) -> int:
+    """A number of the config; 0 where there is none (Mamba has no heads) or one for each layer."""
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) else 0
 
 
 def _config(context: Context, stage: Stage) -> PretrainedConfig:

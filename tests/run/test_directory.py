@@ -33,13 +33,28 @@ def start(run_dir, inputs=INPUTS, resume="auto", **changes) -> None:
 def test_keys_that_cannot_change_a_result_may_change(tmp_path):
     run_dir = tmp_path / "run"
     start(run_dir)
-    start(run_dir, save_total_limit=7, tracking={"enabled": False}, stage={"save_steps": 2})
+    start(
+        run_dir,
+        save_total_limit=7,
+        tracking={"enabled": False},
+        stage={"save_steps": 2, "samples": 3},
+    )
     written = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert written["save_total_limit"] == 7 and written["stages"][0]["save_steps"] == 2
     assert written["tracking"]["enabled"] is False
     run_dir.rename(tmp_path / "moved")
     start(tmp_path / "moved", save_total_limit=7)
     assert not run_dir.exists()
+
+
+@pytest.mark.parametrize("key", ["save_steps", "samples"])
+def test_a_run_of_before_such_a_key_existed_is_resumed(tmp_path, key):
+    start(tmp_path / "run")
+    path = tmp_path / "run" / "config.yaml"
+    values = yaml.safe_load(path.read_text())
+    del values["stages"][0][key]
+    path.write_text(yaml.safe_dump(values))
+    start(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from s2t2_dist.errors import S2T2Error
 from s2t2_dist.training import usage
 from s2t2_dist.training.usage import Usage, explained, peak_flops, token_flops
+from tests.lm.families import tiny_config
 
 
 def model_of(context, stage):
@@ -43,6 +44,12 @@ def test_operations_of_translation_are_those_that_torch_counts(context):
         embeds = torch.nn.functional.embedding(torch.arange(2 * T).view(2, T) % U, embed)
         (lm.base_model(inputs_embeds=embeds).last_hidden_state @ head.T).sum().backward()
     assert token_flops(config, context, stage) * 2 * T == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["mamba", "gpt_neo", "xlstm", "gemma3", "rwkv"])
+def test_every_architecture_has_a_number_of_operations(context, name):
+    config = tiny_config(name, 300)
+    assert all(token_flops(config, context, stage) > 0 for stage in context.recipe.stages)
 
 
 def test_a_step_s_metrics(context, monkeypatch):
