@@ -7,16 +7,17 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from s2t2_dist import cli, yaml12
+from s2t2_dist import cli
 from s2t2_dist.config import (
     Finetune,
     Translate,
     load_recipe,
     recipe_schema,
     recipe_values,
+    yaml12,
 )
+from s2t2_dist.config.overrides import changed_keys
 from s2t2_dist.errors import ConfigError
-from s2t2_dist.overrides import changed_keys
 
 RECIPES = sorted((Path(__file__).parent.parent / "launch" / "recipes").glob("*.yaml"))
 

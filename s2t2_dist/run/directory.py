@@ -18,10 +18,10 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TextIO
 
-from s2t2_dist import artifacts, yaml12
-from s2t2_dist.config import Recipe, load_recipe, recipe_values
+from s2t2_dist import artifacts
+from s2t2_dist.config import Recipe, load_recipe, recipe_values, yaml12
+from s2t2_dist.config.overrides import changed_keys
 from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error, without_secrets
-from s2t2_dist.overrides import changed_keys
 from s2t2_dist.run import identity
 from s2t2_dist.run.identity import INPUTS
 

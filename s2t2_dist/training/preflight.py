@@ -29,6 +29,7 @@ from s2t2_dist.config import (
     Translate,
     recipe_values,
 )
+from s2t2_dist.config.overrides import changed_keys
 from s2t2_dist.data.shards import TOKENIZER_DIR, require_tokenizer, tokenizer_sha256
 from s2t2_dist.errors import ConfigError, DataError, PreflightError, collective
 from s2t2_dist.lm.architecture import random_lm_config
@@ -46,7 +47,6 @@ from s2t2_dist.lm.tokenizer import check_end_and_padding, check_round_trip, read
 from s2t2_dist.lm.translation import check_translation, load_translation
 from s2t2_dist.lm.vocabulary import source_rows
 from s2t2_dist.ot.sizes import cost_states
-from s2t2_dist.overrides import changed_keys
 from s2t2_dist.run.checkpoint import Position
 from s2t2_dist.run.directory import LOCK
 from s2t2_dist.run.metrics import METRICS, read_metrics, require_length, require_unaltered

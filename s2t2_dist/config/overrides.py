@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from s2t2_dist import yaml12
+from s2t2_dist.config import yaml12
 from s2t2_dist.errors import ConfigError
 
 

@@ -10,9 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from s2t2_dist import yaml12
-from s2t2_dist.errors import ConfigError
-from s2t2_dist.fields import (
+from s2t2_dist.config import yaml12
+from s2t2_dist.config.fields import (
     Beta,
     ExpandedPath,
     ExpandedText,
@@ -25,7 +24,8 @@ from s2t2_dist.fields import (
     Whole,
     problems,
 )
-from s2t2_dist.overrides import apply_override
+from s2t2_dist.config.overrides import apply_override
+from s2t2_dist.errors import ConfigError
 
 # The ways to learn P, those of `ot.make_solver`, and what tables and model cards call them.
 METHODS = {
