@@ -63,6 +63,7 @@ def test_pot_is_the_limit_of_the_literal_one():
     torch.testing.assert_close(baselines.pot(cost, mu, nu).double(), limit, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_peak_sees_memory_that_was_freed_and_memory_that_stays():
     size = 64 * measure.MIB
 
