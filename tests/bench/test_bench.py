@@ -88,7 +88,7 @@ def test_the_table_has_every_cell():
     assert_complete([results[0], {**results[1], "method": "compile"}, *results[1:]])
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_command_writes_every_cell(tmp_path):
     """Every method in a process of its own, but for the one whose compiler takes a minute."""
     transport.main("40x24", ",".join(NOT_COMPILED), "0.3", 3, 1, 8.0, tmp_path)
