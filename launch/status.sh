@@ -11,7 +11,7 @@ from s2t2_dist.errors import S2T2Error
 try:
     print(load_recipe(Path(sys.argv[1]), sys.argv[2:]).output_dir)
 except S2T2Error as error:
-    sys.exit("error: " + " ".join(str(error).split()))' "$@"
+    sys.exit("\n".join(f"error: {line}" for line in error.lines))' "$@"
 }
 
 # status_of RUN_DIR: prints its status.json, which changes with every start and end of a job.

@@ -91,7 +91,7 @@ def compile_lock() -> str | None:
     if lock is None:
         return None
     host = socket.gethostname()
-    return f"{host} waits while a process compiles ({lock}); if none does, remove that file"
+    return f"{host} may wait for a process that compiles ({lock}); if none does, remove that file"
 
 
 def load_settings(path: Path) -> dict:

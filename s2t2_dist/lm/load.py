@@ -1,4 +1,4 @@
-"""Load a causal LM into ZeRO-3 partitions; no rank reads or holds the whole model.
+"""Load a causal LM into ZeRO-3 partitions; no rank reads or holds the whole model for it.
 
 With `from_pretrained` under ZeRO-3, rank 0 reads every weight and broadcasts it. Here each rank
 reads only its own part of each weight, so reads and memory per rank shrink with more ranks.

@@ -37,6 +37,12 @@ class VocabularySlots:
         if self.has_bias:
             self.head.bias = bias_U.to(self.dtype)
 
+    def clear(self) -> None:
+        """Let go of E', L', b' and the graph that made them."""
+        self.embed.weight = self.head.weight = None
+        if self.has_bias:
+            self.head.bias = None
+
 
 def recompute_only(lm: torch.nn.Module, on: bool) -> None:
     """Evaluation mode (no dropout) in which layers recompute their activations where that is on.

@@ -1,6 +1,7 @@
 """What a model's tokenizer must be, checked before a run's first step and again in its result."""
 
 import itertools
+import unicodedata
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -38,7 +39,7 @@ def check_end_and_padding(tokenizer: PreTrainedTokenizerBase) -> str:
     if pad == eos:
         raise DataError(
             f"padding and end of sequence are both token {eos}: a model finetuned further would "
-            "never learn to stop; name another pad_token in tokenizer_config.json, or none"
+            "never learn to stop (name another pad_token in tokenizer_config.json, or none)"
         )
     return "no padding token" if pad is None else f"pad {pad}, eos {eos}"
 
@@ -55,6 +56,7 @@ def check_round_trip(tokenizer: PreTrainedTokenizerBase) -> str:
     letters = [text for text in texts if len(text) == 1 and text.isprintable() and text != "\ufffd"]
     # Every letter, then every second, every third and so on: new neighbours exercise the merges.
     sample = "".join("".join(letters[::step]) for step in range(1, 40))[:SAMPLE_CHARACTERS]
+    sample = unicodedata.normalize("NFC", sample)  # neighbours may be one character by that
     if not sample:
         raise DataError("no token is a single letter")
     ids = tokenizer.encode(sample, add_special_tokens=False)

@@ -61,7 +61,6 @@ def release(
     require_unchanged(run_dir, found, "data", *(["model"] if translated else []))
     record = {key: info[key] for key in ("recipe", "evaluation", "stage", "s2t2_dist")}
     record = {"kind": "model", **record, UNTRAINED: untrained_ids(recipe, train)}
-    target.parent.mkdir(parents=True, exist_ok=True)
     with (
         artifacts.sealed_directory(target, record) as temporary,
         artifacts.scratch_directory(target, "fold") as folded,

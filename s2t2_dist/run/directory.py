@@ -29,8 +29,14 @@ STATUS = "status.json"
 STATES = ("running", "preempted", "failed", "done")
 CONFIG = "config.yaml"
 LOCK = ".lock"
-# Keys of each stage that cannot change a result, and of the recipe.
-FREE_STAGE_KEYS = ("save_steps", "samples")
+# Keys of each stage that cannot change a result but by rounding, as the number of ranks does.
+FREE_STAGE_KEYS = (
+    "save_steps",
+    "samples",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+)
+# The same of the recipe.
 FREE_KEYS = (
     "output_dir",
     "tracking",
@@ -241,7 +247,8 @@ def _decisive(values: dict) -> dict:
         for key in FREE_STAGE_KEYS:
             stage.pop(key, None)
     values["data"].pop("tokenizer", None)
-    values["model"].pop("revision", None)
+    for key in ("revision", "gradient_checkpointing"):
+        values["model"].pop(key, None)
     for mapping in (values, values["data"], values["model"], *values["stages"]):
         for key in PATH_KEYS:
             if key in mapping and is_path(key, mapping[key]):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from s2t2_dist import artifacts
 from s2t2_dist.comm import Comm, agree
-from s2t2_dist.errors import ArtifactError, S2T2Error
+from s2t2_dist.errors import ArtifactError, S2T2Error, collective
 
 INPUTS = "inputs.json"
 FORMAT = 2
@@ -48,6 +48,7 @@ def identify(inputs: dict[str, Input], known: dict, comm: Comm) -> dict:
         S2T2Error: on every rank, if a file cannot be read or is being written.
     """
     everything = [(role, name) for role in sorted(inputs) for name in sorted(inputs[role].files)]
+    _require_same_files(inputs, everything, comm)
 
     def look() -> list[dict]:
         mine = everything[comm.rank :: comm.size]
@@ -63,6 +64,30 @@ def identify(inputs: dict[str, Input], known: dict, comm: Comm) -> dict:
     for number, (role, name) in enumerate(everything):
         found[role]["files"][name] = parts[number % comm.size][number // comm.size]
     return found
+
+
+def _require_same_files(
+    inputs: dict[str, Input], everything: list[tuple[str, str]], comm: Comm
+) -> None:
+    """Every rank sees files of the same names and sizes; each then hashes some of them.
+
+    Raises:
+        S2T2Error: on every rank; names the first difference.
+    """
+
+    def sizes() -> list[tuple[str, str, int]]:
+        return [(*each, inputs[each[0]].files[each[1]].stat().st_size) for each in everything]
+
+    found = comm.gather_objects(agree(comm, sizes, "listing the inputs"))
+    for rank, other in enumerate(found):
+        if different := sorted(set(other) ^ set(found[0])):
+            role, name, _ = different[0]
+            raise collective(
+                S2T2Error(
+                    f"{comm.name(rank)} and {comm.name(0)} read other files: {role}, {name} is "
+                    "missing or of another size on one of them; give every node the same"
+                )
+            )
 
 
 def _known(known: dict, role: str, name: str) -> dict:

@@ -224,8 +224,8 @@ class MLflowShipper:
             sent = self._link.get("artifacts", [])
             if name in sent or not (self.run_dir / name).is_file():
                 continue
-            _try_artifact(self._client, self._link["run_id"], self.run_dir / name)
-            self._keep(artifacts=[*sent, name])
+            if _try_artifact(self._client, self._link["run_id"], self.run_dir / name):
+                self._keep(artifacts=[*sent, name])
 
     def _terminate(self) -> None:
         if (self.run_dir / SAMPLES).is_file():

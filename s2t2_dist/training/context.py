@@ -4,16 +4,21 @@ Shapes: B rows of a micro-batch, T tokens of a row.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from transformers import PretrainedConfig
 
 from s2t2_dist.comm import Comm
-from s2t2_dist.config import Recipe
+from s2t2_dist.config import Recipe, Stage, Translate
 from s2t2_dist.data.batches import Batch
 from s2t2_dist.data.shards import ShardReader
+from s2t2_dist.lm.architecture import random_lm_config
+from s2t2_dist.lm.folder import WeightFiles, local_folder
 from s2t2_dist.lm.result import special_ids
+from s2t2_dist.lm.sizes import trained_config
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,21 @@ class Context:
     @property
     def special_ids(self) -> dict[str, int]:
         return special_ids(self.train.metadata)
+
+    @cached_property
+    def base(self) -> WeightFiles:
+        """The folder of the model that the run starts from; there is none to pretrain."""
+        return WeightFiles(local_folder(self.recipe.model))
+
+    def config_of(self, stage: Stage) -> PretrainedConfig:
+        """Of the model that a stage runs; of the folded one, without special ids."""
+        vocab_size = self.train.metadata["vocab_size"]
+        if self.recipe.model.config is not None:
+            vocabulary = {"vocab_size": vocab_size, **self.special_ids}
+            return random_lm_config(self.recipe.model, vocabulary)
+        if isinstance(stage, Translate):
+            return self.base.config
+        return trained_config(self.base.config, stage, vocab_size)
 
 
 def or_nan(loss: torch.Tensor) -> torch.Tensor:

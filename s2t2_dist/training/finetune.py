@@ -24,6 +24,8 @@ from s2t2_dist.run.checkpoint import is_intact
 from s2t2_dist.training.context import Context, StageRunner, or_nan
 from s2t2_dist.training.translate import TranslateStage
 
+COMPARED = 64  # tokens of a validation row, by which a written model is compared
+
 
 def make_stage(context: Context, stage: Stage) -> StageRunner:
     """Load the model and build the runner of a stage. A collective."""
@@ -99,6 +101,7 @@ class WeightStage:
             lambda: plain_logits(self.folder, ids_BT, dtype),
             context.recipe.data.document_mask,
             context.comm,
+            dtype,
         )
         self.evaluation_mode(False)
 
@@ -130,10 +133,11 @@ class WeightStage:
         """Write `model/`, the run's Hugging Face folder, if it gives the trainer's logits."""
         target = self.context.run_dir / MODEL_DIR
         self.evaluation_mode(True)
-        rows = range(min(self.stage.per_device_eval_batch_size, len(self.context.validation)))
-        ids_BT = load_batch(self.context.validation, rows).input_ids.to(self.context.device)
+        ids_BT = load_batch(self.context.validation, range(1)).input_ids[:, :COMPARED]
+        ids_BT = ids_BT.to(self.context.device)
         with torch.no_grad():
-            logits_BTU = self.logits(ids_BT)
+            logits_BTU = self.logits(ids_BT).cpu()
+        dtype = getattr(torch, self.context.recipe.model.dtype)
         weights = self.lm.state_dict()
 
         def write() -> None:
@@ -145,7 +149,7 @@ class WeightStage:
                     self.context.train.directory,
                     self.context.special_ids,
                     record,
-                    lambda folder: require_written(folder, ids_BT, logits_BTU),
+                    lambda folder: require_written(folder, ids_BT, logits_BTU, dtype),
                 )
 
         agree(self.context.comm, write, f"writing {target}")

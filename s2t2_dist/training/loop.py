@@ -110,6 +110,7 @@ class Trainer:
             for index in range(first, len(self.recipe.stages)):
                 with explained(self.recipe.stages[index], self.context.device):
                     evaluation = self._run_stage(index, evaluation)
+            more = self._warnings()
         except PreemptedError:
             self._end("preempted", "KILLED")
             return EXIT_PREEMPTED
@@ -118,7 +119,6 @@ class Trainer:
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
                 self._end("failed", "FAILED", reason=f"{type(error).__name__}: {error}")
             raise
-        more = self._warnings()
         if self.metrics:
             more["metrics_sha256"] = self.metrics.sha256
         self._end("done", "FINISHED", **evaluation.metrics(), **more)

@@ -32,15 +32,13 @@ from s2t2_dist.config import (
 from s2t2_dist.config.overrides import changed_keys
 from s2t2_dist.data.shards import TOKENIZER_DIR, require_tokenizer, tokenizer_sha256
 from s2t2_dist.errors import ConfigError, DataError, PreflightError, collective
-from s2t2_dist.lm.architecture import random_lm_config
 from s2t2_dist.lm.fold import require_translatable
-from s2t2_dist.lm.folder import WeightFiles, local_folder
+from s2t2_dist.lm.folder import WeightFiles
 from s2t2_dist.lm.sizes import (
     CHECKPOINT_BYTES,
     accumulation_dtype,
     count_weights,
     plan_count,
-    trained_config,
     weight_states,
 )
 from s2t2_dist.lm.tokenizer import check_end_and_padding, check_round_trip, read_tokenizer
@@ -48,7 +46,7 @@ from s2t2_dist.lm.translation import check_translation, load_translation
 from s2t2_dist.lm.vocabulary import source_rows
 from s2t2_dist.ot.sizes import cost_states
 from s2t2_dist.run.checkpoint import Position
-from s2t2_dist.run.directory import LOCK
+from s2t2_dist.run.directory import CONFIG, LOCK
 from s2t2_dist.run.metrics import METRICS, read_metrics, require_length, require_unaltered
 from s2t2_dist.training.context import Context
 
@@ -123,12 +121,12 @@ def check_inputs(context: Context) -> None:
         ArtifactError: weights or a translation that are incomplete or altered.
     """
     recipe, data = context.recipe, context.train.metadata
-    _check_tokenizer(context.train.directory / TOKENIZER_DIR)
+    if not (context.run_dir / CONFIG).exists():  # else the result is worth having all the same
+        _check_tokenizer(context.train.directory / TOKENIZER_DIR)
     if recipe.model.config is not None:
-        vocabulary = {"vocab_size": data["vocab_size"], **context.special_ids}
-        _check_length(random_lm_config(recipe.model, vocabulary), context.train.context)
+        _check_length(context.config_of(recipe.stages[0]), context.train.context)
         return
-    weights = WeightFiles(local_folder(recipe.model))
+    weights = context.base
     weights.check()
     if recipe.model.gradient_checkpointing and not weights.recomputes:
         raise ConfigError(
@@ -152,7 +150,10 @@ def _check_tokenizer(folder: Path) -> None:
         try:
             check(tokenizer)
         except DataError as error:
-            raise DataError(f"{folder}: {error}") from None
+            raise DataError(
+                f"{folder}: {error}; a model with it could not be exported: build the data with "
+                "another tokenizer"
+            ) from None
 
 
 def _check_length(config: PretrainedConfig, rows_of: int) -> None:
@@ -273,16 +274,11 @@ def _stage_needs(context: Context, stage: Stage) -> Needs:
     settings, ranks = context.recipe.model, context.comm.size
     vocab_size = context.train.metadata["vocab_size"]
     if isinstance(stage, Translate):
-        rows = len(source_rows(stage, WeightFiles(local_folder(settings)))[0])
+        rows = len(source_rows(stage, context.base)[0])
         plans = plan_count(stage)
         memory = plans * sum(cost_states(rows, vocab_size, ranks).values())
         return Needs(memory, CHECKPOINT_BYTES * plans * rows * vocab_size)
-    if settings.config is not None:
-        vocabulary = {"vocab_size": vocab_size, **context.special_ids}
-        config = random_lm_config(settings, vocabulary)
-    else:
-        config = WeightFiles(local_folder(settings)).config
-    trained = count_weights(trained_config(config, stage, vocab_size)).total
+    trained = count_weights(context.config_of(stage)).total
     zero = context.deepspeed.get("zero_optimization", {})
     known = zero.get("stage") == 3 and not {"offload_optimizer", "offload_param"} & zero.keys()
     accumulated = accumulation_dtype(context.deepspeed, settings.dtype)

@@ -142,7 +142,8 @@ def _identify(context: Context) -> dict:
 def _rehearse(context: Context, resume: str) -> None:
     """Check what a start would find in the run directory; print what it would do. A collective."""
     run_dir, world = context.run_dir, context.comm
-    inputs = _identify(context)
+    is_run = world.broadcast_object((run_dir / directory.CONFIG).exists())
+    inputs = _identify(context) if is_run else {}  # of a new run nothing is compared
 
     def look() -> str | None:
         if world.rank != 0:

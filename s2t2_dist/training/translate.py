@@ -23,7 +23,6 @@ from s2t2_dist.data.evaluate import sum_of_nats
 from s2t2_dist.data.shards import tokenizer_sha256
 from s2t2_dist.errors import DataError, collective
 from s2t2_dist.lm import engine
-from s2t2_dist.lm.folder import WeightFiles, local_folder
 from s2t2_dist.lm.load import load_lm, token_rows
 from s2t2_dist.lm.probe import plain_logits, probe_engine, probe_rows
 from s2t2_dist.lm.translation import TRANSLATION_DIR, save_translation
@@ -48,8 +47,8 @@ class TranslateStage:
     def __init__(self, context: Context, stage: Translate):
         self.context = context
         self.stage = stage
-        self.folder = local_folder(context.recipe.model)
-        weights = WeightFiles(self.folder)
+        weights = context.base
+        self.folder = weights.folder
         tokens, mu = source_rows(stage, weights)
         start, stop = row_range(len(tokens), context.comm.rank, context.comm.size)
         self.rows = (start, stop)
@@ -99,7 +98,8 @@ class TranslateStage:
             return plain_logits(self.folder, probed_S[ids_BT], dtype)[..., self.probed_S]
 
         ids_BT = probe_rows(len(probed_S), context.device)
-        probe_engine(logits, ids_BT, expected, context.recipe.data.document_mask, context.comm)
+        mask = context.recipe.data.document_mask
+        probe_engine(logits, ids_BT, expected, mask, context.comm, dtype)
 
     def evaluation_mode(self, on: bool) -> None:
         """Solve once for a whole evaluation."""
@@ -108,7 +108,12 @@ class TranslateStage:
             with finite_cost(self.stage):
                 self.translated = self.translator.translate()
         else:
-            self.translated = None
+            self._forget()
+
+    def _forget(self) -> None:
+        """Free E' and L', of which the model has copies."""
+        self.translated = None
+        self.lm.slots.clear()
 
     def logits(
         self, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor | None = None
@@ -141,7 +146,7 @@ class TranslateStage:
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        self.translated = None
+        self._forget()
         clock.lap("translator")
         statistics = self.translator.statistics()
         if finite:

@@ -9,8 +9,7 @@ from transformers import PretrainedConfig
 
 from s2t2_dist.config import Stage, Translate
 from s2t2_dist.errors import S2T2Error
-from s2t2_dist.lm.folder import WeightFiles, local_folder, random_lm_config
-from s2t2_dist.lm.sizes import count_weights, trained_config
+from s2t2_dist.lm.sizes import count_weights
 from s2t2_dist.training.context import Context
 
 GIB = 1 << 30
@@ -32,7 +31,7 @@ class Usage:
 
     def __init__(self, context: Context, stage: Stage):
         self.context, self.stage, self.device = context, stage, context.device
-        self.flops = token_flops(_config(context, stage), context, stage)
+        self.flops = token_flops(context.config_of(stage), context, stage)
         bf16 = context.recipe.model.dtype == "bfloat16"
         self.peak_flops = peak_flops(self.device) if bf16 else None
 
@@ -79,15 +78,6 @@ def _whole(config: PretrainedConfig, name: str) -> int:
     """A number of the config; 0 where there is none (Mamba has no heads) or one for each layer."""
     value = getattr(config, name, None)
     return value if isinstance(value, int) else 0
-
-
-def _config(context: Context, stage: Stage) -> PretrainedConfig:
-    """Of the model that the stage runs."""
-    settings, vocab_size = context.recipe.model, context.train.metadata["vocab_size"]
-    if settings.config is not None:
-        return random_lm_config(settings, {"vocab_size": vocab_size, **context.special_ids})
-    config = WeightFiles(local_folder(settings)).config
-    return config if isinstance(stage, Translate) else trained_config(config, stage, vocab_size)
 
 
 def peak_memory(device: torch.device) -> int:

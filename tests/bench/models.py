@@ -81,7 +81,7 @@ def _translate(folder: Path) -> str:
 
     ids_BT = probe_rows(SELECTED, torch.device("cpu"))
     expected = plain_logits(base, chosen_S[ids_BT])[..., chosen_S]
-    probe_engine(logits, ids_BT, lambda: expected, False, Comm())
+    probe_engine(logits, ids_BT, lambda: expected, False, Comm(), torch.float32)
     (folder / "folded").mkdir()
     fold(base, folder / "folded", lambda weight, _: weight[chosen_S], SPECIAL)
     given, folded = logits(ids_BT), plain_logits(folder / "folded", ids_BT)

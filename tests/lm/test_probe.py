@@ -1,5 +1,9 @@
 """The probes see what would train wrongly without an error, and nothing else."""
 
+import gc
+import math
+import weakref
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,8 +16,10 @@ from s2t2_dist.lm.probe import (
     plain_logits,
     probe_engine,
     probe_rows,
+    require_folded,
     require_written,
 )
+from s2t2_dist.lm.slots import VocabularySlots
 from tests.conftest import SOURCE_VOCAB
 from tests.lm.families import make_model, tiny_config
 
@@ -29,7 +35,9 @@ def probe(lm, folder, document_mask=False, change=lambda logits: logits):
         given = {"position_ids": positions[0]} if positions else {}
         return change(lm(input_ids=ids, use_cache=False, **given).logits)
 
-    probe_engine(logits, IDS, lambda: plain_logits(folder, IDS), document_mask, Comm())
+    probe_engine(
+        logits, IDS, lambda: plain_logits(folder, IDS), document_mask, Comm(), torch.float32
+    )
 
 
 @pytest.fixture(scope="module")
@@ -80,19 +88,21 @@ def test_documents_that_are_not_kept_apart_are_refused(tmp_path, source_tokenize
 def test_a_tensor_that_was_changed_in_the_written_folder_is_named(tmp_path, source_tokenizer, name):
     folder = make(tmp_path, source_tokenizer, "deepseek_v3")
     logits = plain_logits(folder, IDS)
-    require_written(folder, IDS, logits)
+    require_written(folder, IDS, logits, torch.float32)
     path = folder / "model.safetensors"
     weights = load_file(path)
     weights[name] = weights[name].flip(0).contiguous() + 0.5
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(ArtifactError, match="is not the one that was trained"):
-        require_written(folder, IDS, logits)
+        require_written(folder, IDS, logits, torch.float32)
 
 
 def test_a_model_without_position_ids_is_refused_with_document_mask(olmo):
     lm = load(olmo)
     with pytest.raises(ConfigError, match="takes no position ids"):
-        probe_engine(lambda ids: lm(ids).logits, IDS, lambda: lm(IDS).logits, True, Comm())
+        probe_engine(
+            lambda ids: lm(ids).logits, IDS, lambda: lm(IDS).logits, True, Comm(), torch.float32
+        )
 
 
 def test_logits_that_are_not_finite_must_be_so_in_the_same_places(caplog):
@@ -103,3 +113,31 @@ def test_logits_that_are_not_finite_must_be_so_in_the_same_places(caplog):
     assert difference(one * torch.nan, one * torch.nan) == 0
     assert "not finite" in caplog.text
     assert difference(one * 1.5, one) == pytest.approx(0.5)
+
+
+def test_a_loss_that_is_no_number_at_both_ends_is_no_difference():
+    require_folded(math.nan, math.nan, torch.float32)
+    for before, after in ((math.nan, 3.0), (3.0, math.nan), (3.0, 3.1)):
+        with pytest.raises(ArtifactError, match="cannot be folded exactly"):
+            require_folded(before, after, torch.float32)
+
+
+def test_a_float32_head_of_a_bfloat16_model_has_its_tolerance(olmo):
+    """Mamba and others return float32 logits of any model."""
+    lm = load(olmo)
+    nearly = lambda ids: 1.01 * lm(ids).logits  # noqa: E731
+    probe_engine(nearly, IDS, lambda: plain_logits(olmo, IDS), False, Comm(), torch.bfloat16)
+    with pytest.raises(ConfigError, match="differs"):
+        probe_engine(nearly, IDS, lambda: plain_logits(olmo, IDS), False, Comm(), torch.float32)
+
+
+def test_the_slots_keep_nothing(olmo):
+    lm = load(olmo)
+    slots, leaf = VocabularySlots(lm), torch.randn(8, 32, requires_grad=True)
+    kept = weakref.ref(leaf)
+    slots.fill(leaf, leaf)
+    lm(IDS % 8).logits.sum().backward()
+    slots.clear()
+    del leaf
+    gc.collect()
+    assert kept() is None

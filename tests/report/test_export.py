@@ -306,7 +306,7 @@ def test_what_a_killed_export_left_is_removed_and_what_another_writes_is_not(pro
 @pytest.mark.parametrize(
     ("out", "named"),
     [
-        ("file/x", "a file is where a folder is needed"),
+        ("file/x", "a folder above it is a file"),
         ("file", "file exists; choose another folder"),
         ("link", "link exists; choose another folder"),
         ("n" * 256, "a name is too long"),

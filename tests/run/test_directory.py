@@ -47,6 +47,12 @@ def test_keys_that_cannot_change_a_result_may_change(tmp_path):
     assert not run_dir.exists()
 
 
+def test_what_the_advice_after_out_of_memory_changes_may_change(tmp_path):
+    start(tmp_path / "run")
+    smaller = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+    start(tmp_path / "run", stage=smaller)
+
+
 @pytest.mark.parametrize("key", ["save_steps", "samples"])
 def test_a_run_of_before_such_a_key_existed_is_resumed(tmp_path, key):
     start(tmp_path / "run")

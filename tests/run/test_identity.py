@@ -141,3 +141,24 @@ def test_ranks_share_the_hashing(folder, tmp_path):
     assert one == two == found(folder)
     read = sorted(path.name for path in tmp_path.iterdir() if path.name[:2] in ("0-", "1-"))
     assert read == ["0-a", "0-c", "1-b"]
+
+
+def _other_files(comm: Comm, folder: Path, name: str) -> str:
+    """Rank 1 sees a folder of its own, with a file more or a larger one."""
+    if comm.rank == 1:
+        folder = shutil.copytree(folder, folder.with_name("own"))
+        with (folder / name).open("a") as f:
+            f.write("more")
+    try:
+        found(folder, {}, comm)
+    except S2T2Error as error:
+        assert error.collective
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a", "new"])
+def test_ranks_that_see_other_files_are_refused(folder, tmp_path, name):
+    one, two = run_ranks(_other_files, 2, tmp_path, folder, name)
+    assert one == two and f", {name} is missing or of another size" in one

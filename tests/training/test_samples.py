@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import torch
@@ -41,3 +42,22 @@ def test_none_by_default(context):
     assert stage.samples == 0
     sample(None, context, stage, 5)
     assert not context.run_dir.exists()
+
+
+def test_many_rows_are_several_passes_and_any_seed_will_do(context):
+    context.run_dir.mkdir(parents=True)
+    changes = {"samples": 5, "per_device_eval_batch_size": 2}
+    stage = context.recipe.stages[1].model_copy(update=changes)
+    recipe = context.recipe.model_copy(update={"seed": 2**63 - 1})
+    context = dataclasses.replace(context, recipe=recipe)
+    runner = Cycling(context.train.metadata["vocab_size"])
+    sample(runner, context, stage, 5)
+    rows = {shape[0] for shape in runner.shapes}
+    assert rows == {1, 2} and len((context.run_dir / "samples.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_damaged_file_ends_no_run(context, caplog):
+    (context.run_dir / "samples.jsonl").mkdir(parents=True)
+    stage = context.recipe.stages[1].model_copy(update={"samples": 1})
+    sample(Cycling(context.train.metadata["vocab_size"]), context, stage, 5)
+    assert "samples.jsonl is not written" in caplog.text

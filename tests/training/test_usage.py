@@ -8,16 +8,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from s2t2_dist.errors import S2T2Error
-from s2t2_dist.training import usage
 from s2t2_dist.training.usage import Usage, explained, peak_flops, token_flops
 from tests.lm.families import tiny_config
 
 
 def model_of(context, stage):
     """(config, model): eager attention, whose products the counter sees."""
-    config = usage._config(context, stage)
+    config = context.config_of(stage)
     lm = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     return config, lm.float()
+
+
+def assert_counted(ours, counter, config, T):
+    """Some versions of transformers make the angles of the rotary embedding by a product."""
+    angles = 2 * T * (config.hidden_size // config.num_attention_heads // 2)
+    assert counter.get_total_flops() - ours in (0, angles)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -30,7 +35,7 @@ def test_operations_of_finetuning_are_those_that_torch_counts(context, tied):
     ids = torch.arange(2 * T).view(2, T) % config.vocab_size
     with FlopCounterMode(display=False) as counter:
         lm(input_ids=ids, labels=ids).loss.backward()
-    assert token_flops(config, context, stage) * 2 * T == counter.get_total_flops()
+    assert_counted(token_flops(config, context, stage) * 2 * T, counter, config, T)
 
 
 def test_operations_of_translation_are_those_that_torch_counts(context):
@@ -43,7 +48,7 @@ def test_operations_of_translation_are_those_that_torch_counts(context):
     with FlopCounterMode(display=False) as counter:
         embeds = torch.nn.functional.embedding(torch.arange(2 * T).view(2, T) % U, embed)
         (lm.base_model(inputs_embeds=embeds).last_hidden_state @ head.T).sum().backward()
-    assert token_flops(config, context, stage) * 2 * T == counter.get_total_flops()
+    assert_counted(token_flops(config, context, stage) * 2 * T, counter, config, T)
 
 
 @pytest.mark.parametrize("name", ["mamba", "gpt_neo", "xlstm", "gemma3", "rwkv"])
