@@ -24,16 +24,10 @@ from s2t2_dist.config.fields import (
     Whole,
     problems,
 )
+from s2t2_dist.config.names import INITS, METHODS
 from s2t2_dist.config.overrides import apply_override
 from s2t2_dist.errors import ConfigError
 
-# The ways to learn P, those of `ot.make_solver`, and what tables and model cards call them.
-METHODS = {
-    "dykstra": "S2T2",
-    "dual": "S2T2 (dual)",
-    "dense": "Sinkhorn P (dense)",
-    "plain": "Plain P",
-}
 DUAL_DEFAULTS = {"iterations": 100, "tolerance": 1e-3}
 PEAK_RATE = "peak learning rate"
 DECAY = "AdamW's weight decay, as a share of the learning rate"
@@ -217,14 +211,29 @@ class Finetune(Stage):
     kind: Literal["finetune"] = Field(description="train every weight")
     learning_rate: NotNegative = Field(2e-5, description=PEAK_RATE)
     weight_decay: NotNegative = Field(0.01, description=DECAY)
-    init: Literal["translation", "truncate", "source"] = Field(
+    init: Literal[("translation", "truncate", "source", *INITS)] = Field(
         "translation",
         description="translation: fold E', L' into the model; truncate: keep the first U rows of "
-        "E and L; source: change nothing (data in source tokens)",
+        "E and L; source: change nothing (data in source tokens); the others make the new rows of "
+        "E and L from the source's without training, see docs/init.md: mean of all rows; gaussian: "
+        "drawn from their mean and covariance; subtoken_mean and character_mean: of the source "
+        "tokens that write a token's text, whole or character by character; focus: of similar "
+        "tokens that both vocabularies have; alignment: as a file says",
     )
     translation: ExpandedPath | None = Field(
         None, description="translation to fold; default: the one that this run learns"
     )
+    alignment: ExpandedPath | None = Field(
+        None,
+        description="init alignment only: JSON of TokAlign (target id: source id) or of "
+        "trans-tokenization (target token, source tokens with weights)",
+    )
+
+    @model_validator(mode="after")
+    def _alignment_fits(self) -> "Finetune":
+        if (self.init == "alignment") != (self.alignment is not None):
+            raise ValueError("init alignment needs the key alignment, a file; no other init has it")
+        return self
 
 
 AnyStage = Annotated[Pretrain | Translate | Finetune, Field(discriminator="kind")]

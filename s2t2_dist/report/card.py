@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from s2t2_dist.config import METHODS, Recipe
+from s2t2_dist.config import INITS, METHODS, Recipe
 from s2t2_dist.data.evaluate import Evaluation
 
 _STARTS = {
     "translation": "from the translated vocabulary",
     "truncate": "from the first rows of the source vocabulary",
     "source": "in the source vocabulary",
+    **{init: f"new rows without training: {what}" for init, what in INITS.items()},
 }
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from s2t2_dist import artifacts
-from s2t2_dist.config import METHODS, Finetune, Pretrain, Stage, Translate
+from s2t2_dist.config import INITS, METHODS, Finetune, Pretrain, Stage, Translate
 from s2t2_dist.errors import DataError
 from s2t2_dist.lm.translation import Translation
 from s2t2_dist.report.figure import draw
@@ -180,6 +180,8 @@ def _label(run: FinishedRun, index: int, step: int) -> str:
     finetuned = " + CFT" if step else ", before CFT"
     if stage.init == "truncate":
         return f"New tokenizer, truncated{finetuned}"
+    if stage.init in INITS:
+        return f"New tokenizer, {INITS[stage.init]}{finetuned}"
     if stage.init == "source":
         cut = "characters" if run.data["characters"] else "BPE"
         return f"Source tokenizer ({cut}){finetuned}"

@@ -22,6 +22,7 @@ from transformers import PretrainedConfig
 from s2t2_dist import artifacts
 from s2t2_dist.comm import Comm, agree, announced
 from s2t2_dist.config import (
+    INITS,
     Finetune,
     Pretrain,
     Recipe,
@@ -30,11 +31,17 @@ from s2t2_dist.config import (
     recipe_values,
 )
 from s2t2_dist.config.overrides import changed_keys
-from s2t2_dist.data.shards import TOKENIZER_DIR, require_tokenizer, tokenizer_sha256
+from s2t2_dist.data.shards import (
+    TOKENIZER_DIR,
+    ShardReader,
+    require_tokenizer,
+    tokenizer_sha256,
+)
 from s2t2_dist.errors import ConfigError, DataError, PreflightError, collective
 from s2t2_dist.lm.architecture import random_lm_config
 from s2t2_dist.lm.fold import require_translatable
 from s2t2_dist.lm.folder import WeightFiles, local_folder
+from s2t2_dist.lm.init import source_weights
 from s2t2_dist.lm.sizes import (
     CHECKPOINT_BYTES,
     accumulation_dtype,
@@ -142,7 +149,7 @@ def check_inputs(context: Context) -> None:
         if isinstance(stage, Translate):
             _check_translate(stage, weights, context.deepspeed, data["vocab_size"])
         else:
-            _check_finetune(stage, weights, data)
+            _check_finetune(stage, weights, context.train)
 
 
 def _check_tokenizer(folder: Path) -> None:
@@ -175,7 +182,8 @@ def _check_translate(stage: Translate, weights: WeightFiles, deepspeed: dict, U:
     source_rows(stage, weights)
 
 
-def _check_finetune(stage: Finetune, weights: WeightFiles, data: dict) -> None:
+def _check_finetune(stage: Finetune, weights: WeightFiles, train: ShardReader) -> None:
+    data = train.metadata
     if stage.init == "source":
         require_tokenizer(data, weights.folder)
         return
@@ -188,6 +196,8 @@ def _check_finetune(stage: Finetune, weights: WeightFiles, data: dict) -> None:
         )
     if stage.init == "translation" and stage.translation is not None:
         check_translation(load_translation(stage.translation), weights.folder, data)
+    if stage.init in INITS:
+        source_weights(stage, weights, train)
 
 
 def check_room(context: Context) -> None:
