@@ -40,9 +40,11 @@ def sub_tokens(
     Raises:
         DataError: transformers reads no tokenizer there.
     """
-    unknown = read_tokenizer(source).unk_token_id
+    left_out = {read_tokenizer(source).unk_token_id}
     content = json.loads((source / TOKENIZER_JSON).read_text(encoding="utf-8"))
     tokenizer, byte_ids = _inside_a_text(content), _byte_ids(content)
+    model = content["model"]
+    left_out |= {model.get("unk_id"), tokenizer.token_to_id(model.get("unk_token") or "")}
 
     def written(text: bytes) -> list[int]:
         try:
@@ -53,7 +55,7 @@ def sub_tokens(
         encoded = (tokenizer.encode(part, add_special_tokens=False).ids for part in parts)
         return [number for ids in encoded for number in ids]
 
-    return [[i for i in written(text) if i != unknown and i < vocab_size] for text in texts]
+    return [[i for i in written(text) if i not in left_out and i < vocab_size] for text in texts]
 
 
 def special_tokens(source: Path, data: ShardReader, vocab_size: int) -> dict[int, int]:
