@@ -189,6 +189,14 @@ class Translate(Stage):
         "32,768 of them) plus 1 each, so that no token is left without mass; with frequency take "
         "embed_scale convex, since the paper's makes rare tokens' rows of E' short",
     )
+    warm_start: Literal["subtoken_mean", "character_mean", "focus"] | None = Field(
+        None,
+        description="C begins at this start of docs/init.md; default: at the uniform plan",
+    )
+    warm_start_share: Annotated[Number, Field(gt=0, lt=1)] = Field(
+        0.9,
+        description="share of nu that it places; the rest follows mu, which becomes the row sums",
+    )
     entropy_weight: Number = Field(0.0, description="alpha of alpha * H(P), H in nats")
 
     @model_validator(mode="before")
@@ -199,9 +207,11 @@ class Translate(Stage):
         return values
 
     @model_validator(mode="after")
-    def _tolerance_fits(self) -> "Translate":
+    def _options_fit(self) -> "Translate":
         if self.tolerance is not None and self.method != "dual":
             raise ValueError(f"tolerance is for the method dual, not {self.method}: leave it out")
+        if self.warm_start is not None and self.embed_scale != "convex":
+            raise ValueError("warm_start needs embed_scale convex, for E' to begin as its rows")
         return self
 
 

@@ -7,14 +7,13 @@ S2T2. The table of the starts, with their papers, is in docs/init.md.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from s2t2_dist.config import Finetune
 from s2t2_dist.data.shards import TOKENIZER_DIR, ShardReader
 from s2t2_dist.errors import ConfigError
 from s2t2_dist.lm.alignment import read_alignment
@@ -110,30 +109,41 @@ def mean_row(weight_VD: torch.Tensor, token_ids_R: torch.Tensor) -> torch.Tensor
     return (total / len(token_ids_R)).float()
 
 
-def starting_rows(stage: Finetune, weights: WeightFiles, data: ShardReader, seed: int) -> Start:
-    """The start that a stage's `init` names, one of `config.INITS`.
+def starting_rows(
+    init: str, weights: WeightFiles, data: ShardReader, seed: int, alignment: Path | None = None
+) -> Start:
+    """The start of a name in `config.INITS`.
 
     Raises:
         ConfigError, DataError: see `source_weights`.
     """
-    vocab_size = weights.vocabulary.size
-    tokens = source_token_ids("all", weights.folder, vocab_size)
-    count = len(data.token_bytes)
-    if stage.init == "gaussian":
-        return Gaussian(count, tokens, seed)
-    found = source_weights(stage, weights, data)
-    sparse = sparse_weights(found, vocab_size)
-    if stage.init == "focus":
-        sparse = by_similarity(sparse, data.token_bytes > 0, token_vectors(data, seed))
-    return Mixture(sparse, tokens)
+    tokens = source_token_ids("all", weights.folder, weights.vocabulary.size)
+    if init == "gaussian":
+        return Gaussian(len(data.token_bytes), tokens, seed)
+    return Mixture(mixture_weights(init, weights, data, seed, alignment), tokens)
+
+
+def mixture_weights(
+    init: str, weights: WeightFiles, data: ShardReader, seed: int, alignment: Path | None = None
+) -> torch.Tensor:
+    """W of a `Mixture`, (U, V) sparse float64; for its name and errors see `starting_rows`."""
+    found = source_weights(init, weights, data, alignment)
+    sparse_UV = sparse_weights(found, weights.vocabulary.size)
+    if init == "focus":
+        return by_similarity(sparse_UV, data.token_bytes > 0, token_vectors(data, seed))
+    return sparse_UV
 
 
 def source_weights(
-    stage: Finetune, weights: WeightFiles, data: ShardReader
+    init: str, weights: WeightFiles, data: ShardReader, alignment: Path | None = None
 ) -> list[dict[int, float]]:
     """What the tokenizers alone say: weights of source ids, for each of the U target tokens.
 
     Empty where they say nothing. A special token takes the row of the source's token of its role.
+
+    Args:
+        init: a name in `config.INITS`.
+        alignment: the file that init `alignment` reads.
 
     Raises:
         ConfigError: they say nothing of any token; or an alignment that does not fit.
@@ -141,24 +151,24 @@ def source_weights(
     """
     folder, vocab_size = weights.folder, weights.vocabulary.size
     found: list[dict[int, float]] = [{} for _ in data.token_bytes]
-    if stage.init in ("mean", "gaussian"):
+    if init in ("mean", "gaussian"):
         return found
     special = special_tokens(folder, data, vocab_size)
-    if stage.init == "alignment":
-        assert stage.alignment is not None
-        aligned = _aligned(stage.alignment, folder, data, vocab_size, special)
+    if init == "alignment":
+        assert alignment is not None
+        aligned = _aligned(alignment, folder, data, vocab_size, special)
         found = [aligned.get(i, {}) for i in range(len(found))]
     else:
-        characters = stage.init == "character_mean"
+        characters = init == "character_mean"
         pieces = sub_tokens(folder, target_texts(data), vocab_size, characters)
         found = [counted(ids) for ids in pieces]
-        if stage.init == "focus":  # tokens that both vocabularies have
+        if init == "focus":  # tokens that both vocabularies have
             found = [row if len(ids) == 1 else {} for row, ids in zip(found, pieces, strict=True)]
         if not any(found):
-            what = "has none" if stage.init == "focus" else "writes none"
+            what = "has none" if init == "focus" else "writes none"
             raise ConfigError(
-                f"stages.{stage.name}.init: {stage.init} does not fit: the source tokenizer in "
-                f"{folder} {what} of the data's {len(found)} tokens; take mean"
+                f"the start {init} does not fit: the source tokenizer in {folder} {what} of the "
+                f"data's {len(found)} tokens; choose another start"
             )
     for number, match in special.items():
         found[number] = found[number] or {match: 1.0}
@@ -226,3 +236,45 @@ def by_similarity(
             found.append((block[row], sources[anchor][column], mixed[row, column]))
     rows, columns, weights = (torch.cat(parts) for parts in zip(*found, strict=True))
     return sparse_matrix(torch.stack((rows, columns)), weights, shared_UV.shape)
+
+
+def warm_start(
+    weights_UV: torch.Tensor,
+    token_ids_R: torch.Tensor,
+    mu_R: torch.Tensor,
+    nu_U: torch.Tensor,
+    share: float,
+) -> tuple[torch.Tensor, Callable[[slice], torch.Tensor]]:
+    """A mixture as a plan from which C can start, and the source marginal that goes with it.
+
+    P = share W^T diag(nu) + mu r^T, where r is what is left of nu: 1 - share of it, and all of it
+    for a token without weights. P is positive, its column sums are nu, and its row sums are the new
+    mu: a plan of these marginals is its own projection, so C = P gives P. With the convex scale
+    E' = share W E + (1 - share) mean(E).
+
+    Args:
+        weights_UV: of a `Mixture`; what it gives to tokens without a row of P is left out.
+        token_ids_R: the R source tokens with a row of P.
+        mu_R, nu_U: marginals, float64, total 1; mu says how the rest is spread.
+        share: of each target token's mass, above 0 and below 1.
+
+    Returns:
+        the row sums of P, (R,) float64; and P by blocks of rows, (h, U) float32.
+    """
+    row_of_V = torch.full((weights_UV.shape[1],), -1)
+    row_of_V[token_ids_R] = torch.arange(len(token_ids_R))
+    (targets, sources), values = weights_UV.indices(), weights_UV.values()
+    held = row_of_V[sources] >= 0
+    targets, rows, values = targets[held], row_of_V[sources[held]], values[held]
+    total_U = torch.zeros_like(nu_U).index_add_(0, targets, values)
+    masses = share * nu_U[targets] * values / total_U[targets]
+    start_RU = sparse_matrix(torch.stack((rows, targets)), masses, (len(mu_R), len(nu_U)))
+    rest_U = torch.where(total_U > 0, (1 - share) * nu_U, nu_U)
+    new_mu_R = torch.zeros_like(mu_R).index_add_(0, rows, masses) + mu_R * rest_U.sum()
+
+    def plan(block: slice) -> torch.Tensor:
+        first, last, _ = block.indices(len(mu_R))
+        start_hU = start_RU.narrow_copy(0, first, last - first).float().to_dense()
+        return start_hU.addr_(mu_R[block].float(), rest_U.float())
+
+    return new_mu_R, plan

@@ -71,7 +71,9 @@ def _make_starting_model(context: Context, stage: Stage, target: Path) -> dict:
         fold(source, target, lambda weight, _: weight[:rows], context.special_ids)
         return {}
     if stage.init in INITS:
-        start = starting_rows(stage, WeightFiles(source), context.train, recipe.seed)
+        start = starting_rows(
+            stage.init, WeightFiles(source), context.train, recipe.seed, stage.alignment
+        )
         fold(source, target, lambda weight, _: start(weight), context.special_ids)
         counts = ", ".join(f"{what} {count}" for what, count in start.record.items())
         print(f"stage {stage.name}: init {stage.init}, rows {counts}", flush=True)

@@ -147,7 +147,7 @@ def check_inputs(context: Context) -> None:
     for stage in recipe.stages:
         assert not isinstance(stage, Pretrain), "a pretrain stage has no folder to start from"
         if isinstance(stage, Translate):
-            _check_translate(stage, weights, context.deepspeed, data["vocab_size"])
+            _check_translate(stage, weights, context)
         else:
             _check_finetune(stage, weights, context.train)
 
@@ -171,15 +171,17 @@ def _check_length(config: PretrainedConfig, rows_of: int) -> None:
         )
 
 
-def _check_translate(stage: Translate, weights: WeightFiles, deepspeed: dict, U: int) -> None:
-    zero = deepspeed.get("zero_optimization", {}).get("stage", 0)
+def _check_translate(stage: Translate, weights: WeightFiles, context: Context) -> None:
+    zero = context.deepspeed.get("zero_optimization", {}).get("stage", 0)
     if zero not in FROZEN_ZERO_STAGES:
         raise ConfigError(
             f"deepspeed: zero_optimization.stage is {zero}, which cannot hold a frozen model; "
             f"stage {stage.name} needs 3 (or 0, a whole model on every rank)"
         )
-    require_translatable(weights, U)
+    require_translatable(weights, context.train.metadata["vocab_size"])
     source_rows(stage, weights)
+    if stage.warm_start is not None:
+        source_weights(stage.warm_start, weights, context.train)
 
 
 def _check_finetune(stage: Finetune, weights: WeightFiles, train: ShardReader) -> None:
@@ -197,7 +199,7 @@ def _check_finetune(stage: Finetune, weights: WeightFiles, train: ShardReader) -
     if stage.init == "translation" and stage.translation is not None:
         check_translation(load_translation(stage.translation), weights.folder, data)
     if stage.init in INITS:
-        source_weights(stage, weights, train)
+        source_weights(stage.init, weights, train, stage.alignment)
 
 
 def check_room(context: Context) -> None:

@@ -43,7 +43,8 @@ def test_two_steps(init, source_model, protein_data, tmp_path):
     ranks = 2 if init == "subtoken_mean" else 0
     assert runs.train(recipe, ranks) == 0, runs.output(recipe)
     run_dir, stage = tmp_path / "run", load_recipe(recipe).stages[0]
-    start = starting_rows(stage, WeightFiles(source_model), ShardReader(protein_data, "train"), 17)
+    data = ShardReader(protein_data, "train")
+    start = starting_rows(stage.init, WeightFiles(source_model), data, 17)
     begun = load_file(run_dir / "start-finetune" / "model.safetensors")
     old = load_file(source_model / "model.safetensors")[EMBED]
     for name in (EMBED, HEAD):  # the base is tied
@@ -97,3 +98,22 @@ def test_another_alignment_is_another_run(source_model, protein_data, tmp_path):
     assert runs.train(recipe, 0, key) == 2
     error = "was started with other files (stages.finetune.alignment, file: "
     assert error in runs.output(recipe), runs.output(recipe)
+
+
+def test_a_plan_begins_at_a_start(source_model, protein_data, tmp_path):
+    """On two ranks; its first model is the mixture of the start and of the mean, 9 to 1."""
+    stage = {"kind": "translate", "max_steps": 0, "warm_start": "subtoken_mean", **runs.STAGE}
+    stages = [stage | {"embed_scale": "convex"}, {"kind": "finetune", "max_steps": 0, **runs.STAGE}]
+    base = {"model_name_or_path": str(source_model), "dtype": "float32"}
+    recipe = runs.write_recipe(tmp_path, source_model, protein_data, model=base, stages=stages)
+    assert runs.train(recipe, 2) == 0, runs.output(recipe)
+    weights, data = WeightFiles(source_model), ShardReader(protein_data, "train")
+    start, mean = (starting_rows(init, weights, data, 17) for init in ("subtoken_mean", "mean"))
+    begun = load_file(tmp_path / "run" / "start-finetune" / "model.safetensors")
+    old = load_file(source_model / "model.safetensors")[EMBED]
+    empty = (start(old) == mean(old)).all(1)  # these take no share
+    assert 0 < empty.sum() < 4
+    share = torch.where(empty, 0.0, 0.9)[:, None]
+    expected = share * start(old) + (1 - share) * mean(old)
+    for name in (EMBED, HEAD):
+        torch.testing.assert_close(begun[name], expected, rtol=1e-4, atol=1e-6)

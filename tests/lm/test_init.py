@@ -14,15 +14,15 @@ from entmax import sparsemax
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig
 
-from s2t2_dist.config import Finetune
 from s2t2_dist.data.shards import ShardReader
 from s2t2_dist.errors import ConfigError, DataError
 from s2t2_dist.lm import auxiliary
 from s2t2_dist.lm.fold import fold
 from s2t2_dist.lm.folder import WeightFiles
-from s2t2_dist.lm.init import Gaussian, by_similarity, starting_rows
+from s2t2_dist.lm.init import Gaussian, by_similarity, starting_rows, warm_start
 from s2t2_dist.lm.result import special_ids
 from s2t2_dist.lm.subtokens import sub_tokens
+from s2t2_dist.ot import Translator, make_solver
 from tests.conftest import CONTEXT, make_source_model
 
 WIDTH = 5
@@ -56,8 +56,7 @@ class Pair:
         self.weights = WeightFiles(model)
 
     def start(self, init, seed=17, **keys):
-        stage = Finetune(kind="finetune", max_steps=1, init=init, **keys)
-        return starting_rows(stage, self.weights, self.data, seed)
+        return starting_rows(init, self.weights, self.data, seed, **keys)
 
     def pieces(self, number, characters=False):
         """Source ids of a target token, by the public interface of transformers alone."""
@@ -440,3 +439,55 @@ def test_a_model_is_folded_with_its_bias(source_tokenizer, protein_data, tmp_pat
     ):
         torch.testing.assert_close(new.double(), map_UV @ old.double(), rtol=1e-4, atol=1e-5)
     assert folded.lm_head.weight is not folded.get_input_embeddings().weight
+
+
+def random_start(seed, V=30, U=12):
+    """Weights, the rows of P (not all source tokens), and marginals; token 3 has no weights."""
+    random = np.random.default_rng(seed)
+    dense = random.random((U, V)) * (random.random((U, V)) < 0.2)
+    dense[np.arange(U), random.integers(0, V, U)] += 0.5
+    dense[3] = 0
+    dense[:, 7] = 0
+    dense[4] = np.eye(V)[7]  # only of a token without a row
+    rows = torch.tensor([i for i in range(V) if i != 7])
+    mu, nu = (torch.tensor(random.random(n) + 0.1) for n in (len(rows), U))
+    weights = torch.tensor(dense / np.maximum(dense.sum(1, keepdims=True), 1e-9))
+    return weights, rows, mu / mu.sum(), nu / nu.sum()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("method", ["dykstra", "dual", "dense", "plain"])
+def test_c_may_begin_at_a_mixture(seed, method):
+    """Every solver gives the plan that it began at, and E' and L' are the mixture's, in part.
+
+    Every entry of P is positive, so every entry of C has a gradient.
+    """
+    weights, rows, mu, nu = random_start(seed)
+    share, (R, U) = 0.8, (len(rows), len(nu))
+    new_mu, plan = warm_start(weights.to_sparse(), rows, mu, nu, share)
+    expected = np.zeros((R, U))
+    for j in range(U):
+        known = sum(float(weights[j, i]) for i in rows)
+        for r, i in enumerate(rows):
+            placed = share * float(weights[j, i]) / known if known else 0
+            rest = 1 - share if known else 1
+            expected[r, j] = float(nu[j]) * (placed + rest * float(mu[r]))
+    torch.testing.assert_close(plan(slice(0, R)), torch.tensor(expected).float())
+    assert torch.equal(plan(slice(5, 20)), plan(slice(0, R))[5:20])
+    assert plan(slice(9, 9)).shape == (0, U)
+    torch.testing.assert_close(new_mu, torch.tensor(expected.sum(1)), rtol=1e-12, atol=0)
+    np.testing.assert_allclose(expected.sum(0), nu)
+    embed, head = random_weight(seed, R).float(), random_weight(seed + 9, R).float()
+    for units in ("row_mass", "literal"):
+        translator = Translator(
+            embed, head, new_mu, nu, solver=make_solver(method), embed_scale="convex",
+            units=units, first_plan_VU=plan(slice(0, R)),
+        )  # fmt: skip
+        translated = translator.translate()
+        means = torch.tensor(expected / nu.numpy()).T
+        for found, old in ((translated.embed_UD, embed), (translated.head_UD, head)):
+            torch.testing.assert_close(found.double(), means @ old.double(), rtol=1e-4, atol=1e-5)
+        (translated.embed_UD.square().sum() + translated.head_UD.sum()).backward()
+        translator.backward(translated)
+        translator.clip_grad_norm(0)
+        assert translator.statistics()["gradient_share"] == 1.0

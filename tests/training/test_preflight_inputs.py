@@ -160,7 +160,7 @@ def test_tokenizers_without_a_common_text_are_refused_before_the_first_step(
 ):
     tokenizer = Tokenizer(models.BPE({"<unk>": 0, "x": 1}, [], unk_token="<unk>"))
     tokenizer.save(str(folder / "tokenizer.json"))
-    with pytest.raises(ConfigError, match=rf"stages\.finetune\.init: {init} does not fit"):
+    with pytest.raises(ConfigError, match=f"the start {init} does not fit"):
         check(folder, protein_data, start_from(init))
 
 
