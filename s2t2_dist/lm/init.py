@@ -176,7 +176,7 @@ def source_weights(
 
 
 def counted(ids: list[int]) -> dict[int, float]:
-    """Fast Vocabulary Transfer: a sub-token weighs what it occurs (Gee et al. 2022, section 3)."""
+    """Fast Vocabulary Transfer: a sub-token weighs what it occurs (Gee et al. 2022)."""
     return {i: ids.count(i) / len(ids) for i in ids}
 
 
@@ -184,7 +184,8 @@ def _aligned(
     path: Path, folder: Path, data: ShardReader, vocab_size: int, special: Mapping[int, int]
 ) -> dict[int, dict[int, float]]:
     """The rows of an alignment file, which must know every target token that is not special."""
-    target = read_tokenizer(data.directory / TOKENIZER_DIR).get_vocab()
+    tokens = read_tokenizer(data.directory / TOKENIZER_DIR).get_vocab()
+    target = {token: i for token, i in tokens.items() if i < len(data.token_bytes)}
     source = read_tokenizer(folder).get_vocab()
     aligned = read_alignment(path, source, target, vocab_size)
     missing = sorted(set(target.values()) - aligned.keys() - special.keys())
@@ -200,15 +201,16 @@ def sparse_weights(weights: list[dict[int, float]], vocab_size: int) -> torch.Te
     """(U, V) sparse float64 from each target token's weights of source ids."""
     rows = [row for row, entries in enumerate(weights) for _ in entries]
     columns = [i for entries in weights for i in entries]
-    values = torch.tensor([w for entries in weights for w in entries.values()]).double()
+    values = [w for entries in weights for w in entries.values()]
     indices = torch.tensor([rows, columns], dtype=torch.int64)
-    return sparse_matrix(indices, values, (len(weights), vocab_size))
+    shape = len(weights), vocab_size
+    return sparse_matrix(indices, torch.tensor(values, dtype=torch.float64), shape)
 
 
 def by_similarity(
     shared_UV: torch.Tensor, text_U: torch.Tensor, vectors_UK: torch.Tensor
 ) -> torch.Tensor:
-    """FOCUS (Dobler and de Melo 2023, section 2): tokens of both vocabularies keep their rows.
+    """FOCUS (Dobler and de Melo 2023): tokens of both vocabularies keep their rows.
 
     Every other row is a mean of these, weighted by the sparsemax of the cosine similarities of the
     tokens' auxiliary vectors.

@@ -68,7 +68,12 @@ def special_tokens(source: Path, data: ShardReader, vocab_size: int) -> dict[int
         number, match = getattr(new, f"{role}_id"), getattr(old, f"{role}_id")
         if number is not None and match is not None:
             pairs[number] = match
-    return {new_id: i for new_id, i in pairs.items() if i is not None and i < vocab_size}
+    count = len(data.token_bytes)  # transformers may know tokens without a row
+    return {
+        number: i
+        for number, i in pairs.items()
+        if number < count and i is not None and i < vocab_size
+    }
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -6,6 +6,7 @@ target tokens cannot be written), and byte-level to itself (nearly every token i
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -14,12 +15,19 @@ from entmax import sparsemax
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig
 
+from s2t2_dist import artifacts
 from s2t2_dist.data.shards import ShardReader
 from s2t2_dist.errors import ConfigError, DataError
 from s2t2_dist.lm import auxiliary
 from s2t2_dist.lm.fold import fold
 from s2t2_dist.lm.folder import WeightFiles
-from s2t2_dist.lm.init import Gaussian, by_similarity, starting_rows, warm_start
+from s2t2_dist.lm.init import (
+    Gaussian,
+    by_similarity,
+    sparse_weights,
+    starting_rows,
+    warm_start,
+)
 from s2t2_dist.lm.result import special_ids
 from s2t2_dist.lm.subtokens import sub_tokens
 from s2t2_dist.ot import Translator, make_solver
@@ -439,6 +447,27 @@ def test_a_model_is_folded_with_its_bias(source_tokenizer, protein_data, tmp_pat
     ):
         torch.testing.assert_close(new.double(), map_UV @ old.double(), rtol=1e-4, atol=1e-5)
     assert folded.lm_head.weight is not folded.get_input_embeddings().weight
+
+
+def test_a_special_token_that_the_data_do_not_know_has_no_row(source_model, protein_data, tmp_path):
+    """transformers adds tokens that tokenizer_config.json names and tokenizer.json lacks."""
+    data = shutil.copytree(protein_data, tmp_path / "data")
+    record, path = artifacts.read_manifest(data), data / "tokenizer" / "tokenizer_config.json"
+    write(path, {**json.loads(path.read_text()), "bos_token": "<new>"})
+    artifacts.seal(data, record)
+    pair = Pair(source_model, ShardReader(data, "train"))
+    assert pair.target.bos_token_id == pair.U == 64
+    weight = random_weight(0).float()
+    text = {str(u): 3 for u in pair.target.get_vocab().values() if u < 64}
+    for keys in ({}, {"alignment": write(tmp_path / "a.json", text)}):
+        new = pair.start("alignment" if keys else "subtoken_mean", **keys)(weight)
+        assert new.shape == (64, WIDTH)
+
+
+def test_weights_are_exact_in_float64():
+    """A third is not float32's third."""
+    found = sparse_weights([{1: 1 / 3, 0: 2 / 3}], 3)
+    assert found.dtype == torch.float64 and found.values().tolist() == [2 / 3, 1 / 3]
 
 
 def random_start(seed, V=30, U=12):
