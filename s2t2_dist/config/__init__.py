@@ -24,13 +24,9 @@ from s2t2_dist.config.fields import (
     Whole,
     problems,
 )
-from s2t2_dist.config.names import INITS, METHODS
+from s2t2_dist.config.names import DECAY, DUAL_DEFAULTS, INITS, METHODS, PEAK_RATE, WARM_DEFAULTS
 from s2t2_dist.config.overrides import apply_override
 from s2t2_dist.errors import ConfigError
-
-DUAL_DEFAULTS = {"iterations": 100, "tolerance": 1e-3}
-PEAK_RATE = "peak learning rate"
-DECAY = "AdamW's weight decay, as a share of the learning rate"
 
 
 class _Strict(BaseModel):
@@ -193,18 +189,20 @@ class Translate(Stage):
         None,
         description="C begins at this start of docs/init.md; default: at the uniform plan",
     )
-    warm_start_share: Annotated[Number, Field(gt=0, lt=1)] = Field(
-        0.9,
-        description="share of nu that it places; the rest follows mu, which becomes the row sums",
+    warm_start_share: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="share of nu that warm_start places, 0.9 by default; mu spreads the rest, and "
+        "becomes the row sums of both",
     )
     entropy_weight: Number = Field(0.0, description="alpha of alpha * H(P), H in nats")
 
     @model_validator(mode="before")
     @classmethod
-    def _dual_defaults(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("method") == "dual":
-            return {**DUAL_DEFAULTS, **values}
-        return values
+    def _defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        dual = DUAL_DEFAULTS if values.get("method") == "dual" else {}
+        return {**dual, **(WARM_DEFAULTS if values.get("warm_start") else {}), **values}
 
     @model_validator(mode="after")
     def _options_fit(self) -> "Translate":
@@ -212,6 +210,8 @@ class Translate(Stage):
             raise ValueError(f"tolerance is for the method dual, not {self.method}: leave it out")
         if self.warm_start is not None and self.embed_scale != "convex":
             raise ValueError("warm_start needs embed_scale convex, for E' to begin as its rows")
+        if (self.warm_start is None) != (self.warm_start_share is None):
+            raise ValueError("warm_start_share is a number with warm_start, and left out without")
         return self
 
 

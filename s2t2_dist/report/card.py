@@ -107,7 +107,8 @@ def _stages(recipe: Recipe, context: int) -> str:
     lines = ["| stage | what | steps | tokens | peak learning rate |", "|---|---|---|---|---|"]
     for stage in recipe.stages:
         if stage.kind == "translate":
-            what = f"transport plan, {METHODS[stage.method]}; language model frozen"
+            begun = f" from {INITS[stage.warm_start]}" if stage.warm_start else ""
+            what = f"transport plan, {METHODS[stage.method]}{begun}; language model frozen"
         elif stage.kind == "finetune":
             what = f"every weight, {_STARTS[stage.init]}"
         else:

@@ -99,6 +99,24 @@ def test_every_start_has_a_name(init, source_model, protein_data, tmp_path):
     assert [row["label"] for row in rows[2:]] == [f"{name}, before CFT", f"{name} + CFT"]
 
 
+def test_a_warm_start_is_in_the_name(source_model, protein_data, plan, tmp_path):
+    """In its own run, and in one to which it is transferred."""
+    warm = {**TRANSLATE, "warm_start": "subtoken_mean", "embed_scale": "convex"}
+    recipe = make_recipe(tmp_path / "warm", source_model, protein_data, [warm, FINETUNE])
+    lines = stage_lines(0, 10, 6.0, 4.4) + stage_lines(1, 5, 4.4, 4.1)
+    first = write_run(recipe, lines)
+    translation = write_plan(recipe, plan, evaluation(4.4))
+    other = {**FINETUNE, "translation": translation}
+    recipe = make_recipe(tmp_path / "transfer", source_model, protein_data, [other])
+    second = write_run(recipe, stage_lines(0, 5, 4.5, 4.2))
+    compare([first, second], tmp_path / "out")
+    rows = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    found = {row["label"] for row in rows[2:]}
+    name = "S2T2 from mean of sub-tokens"
+    assert {f"{name}, translation only", f"{name} + CFT"} < found
+    assert {f"{name}, transferred, before CFT", f"{name}, transferred + CFT"} < found
+
+
 def test_steps_tokens_and_perplexity(table, protein_data):
     rows = {row["label"]: row for row in table[0]["rows"]}
     cft = rows["S2T2 + CFT"]
