@@ -28,6 +28,7 @@ from data_prep.totals import nucleotide_share
 from data_prep.trainers import Algorithm, Kind, special_tokens, train
 from s2t2_dist import artifacts
 from s2t2_dist.data.shards import TOKENIZER_JSON, tokenizer_sha256
+from s2t2_dist.data.spelling import token_texts
 from s2t2_dist.errors import DataError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -246,7 +247,7 @@ def view_tokenizer(
     # A special token spelled out in a text is text, not the special token.
     backend.encode_special_tokens = True
     _only_map_text(backend, directory)
-    texts = _token_texts(backend, directory)
+    texts = token_texts(backend, directory)
     texts[eos] = b""
     return LoadedTokenizer(backend, digest, texts, eos, eos if pad is None else pad)
 
@@ -284,32 +285,3 @@ def _special_token(directory: Path, name: str) -> str | None:
         raise DataError(f"{path} cannot be read ({error}); copy the tokenizer again") from None
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
-
-
-def _token_texts(backend: Tokenizer, directory: Path) -> list[bytes]:
-    """The bytes of text that each token id stands for, from the token's spelling."""
-    decoder = json.loads(backend.to_str())["decoder"] or {}
-    if decoder.get("type") not in ("ByteLevel", "Fuse"):
-        raise DataError(
-            f"{directory} has the decoder {decoder.get('type')}, not ByteLevel or Fuse; use a "
-            "byte-level BPE tokenizer or a protein tokenizer of `s2t2 tokenizer train`"
-        )
-    byte_of = _byte_of_character() if decoder["type"] == "ByteLevel" else None
-    vocabulary = backend.get_vocab(with_added_tokens=True)
-    texts = [b""] * (max(vocabulary.values()) + 1)
-    added = backend.get_added_tokens_decoder()
-    for token, index in vocabulary.items():
-        if index in added:
-            texts[index] = b"" if added[index].special else token.encode()
-        elif byte_of and set(token) <= byte_of.keys():
-            texts[index] = bytes(byte_of[character] for character in token)
-        else:
-            texts[index] = token.encode()
-    return texts
-
-
-def _byte_of_character() -> dict[str, int]:
-    """Byte by character of GPT-2's byte-level alphabet, where printable bytes are themselves."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

@@ -63,6 +63,19 @@ def test_dual_has_a_tolerance_and_room_to_reach_it(write):
     assert load_recipe(write(MINIMAL)).stages[0].tolerance is None
 
 
+def test_a_warm_start_has_a_share_and_a_recipe_without_one_has_no_new_value(write):
+    """A run of an earlier version, whose config.yaml lacks the keys, resumes."""
+    plain = recipe_values(load_recipe(write(MINIMAL)))["stages"]
+    assert plain[0]["warm_start"] is plain[0]["warm_start_share"] is plain[1]["alignment"] is None
+    warm = ["stages.translate.warm_start=focus", "stages.translate.embed_scale=convex"]
+    recipe = load_recipe(write(MINIMAL), warm)
+    assert recipe.stages[0].warm_start_share == 0.9
+    values = recipe_values(recipe)
+    assert recipe_values(load_recipe(write(values))) == values
+    other = load_recipe(write(MINIMAL), [*warm, "stages.translate.warm_start_share=0.5"])
+    assert other.stages[0].warm_start_share == 0.5
+
+
 def schema_errors(values):
     return [error.message for error in Draft202012Validator(recipe_schema()).iter_errors(values)]
 
@@ -151,6 +164,13 @@ def test_overrides_reach_a_stage_by_name_and_by_number(write):
         (["stages.translate.learning_rate=.inf"], "stages.0.translate.learning_rate"),
         (["stages.translate.name=a/b"], "stages.0.translate.name"),
         (["stages.translate.name=.."], "stages.0.translate.name"),
+        (["stages.translate.warm_start=focus"], "warm_start needs embed_scale convex"),
+        (["stages.translate.warm_start=gaussian"], "stages.0.translate.warm_start"),
+        (["stages.translate.warm_start_share=1"], "stages.0.translate.warm_start_share"),
+        (["stages.translate.warm_start_share=0.5"], "left out without"),
+        (["stages.finetune.init=average"], "stages.1.finetune.init"),
+        (["stages.finetune.init=alignment"], "init alignment needs the key alignment"),
+        (["stages.finetune.alignment=a.json"], "no other init has it"),
         (["stages=[foo]", "stages.translate.max_steps=3"], "stages.translate does not exist"),
         (["stages=[foo]", "stages.foo.max_steps=3"], "holds a value"),
         (["stages=[foo]"], "stages.0"),

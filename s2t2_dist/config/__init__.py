@@ -24,19 +24,9 @@ from s2t2_dist.config.fields import (
     Whole,
     problems,
 )
+from s2t2_dist.config.names import DECAY, DUAL_DEFAULTS, INITS, METHODS, PEAK_RATE, WARM_DEFAULTS
 from s2t2_dist.config.overrides import apply_override
 from s2t2_dist.errors import ConfigError
-
-# The ways to learn P, those of `ot.make_solver`, and what tables and model cards call them.
-METHODS = {
-    "dykstra": "S2T2",
-    "dual": "S2T2 (dual)",
-    "dense": "Sinkhorn P (dense)",
-    "plain": "Plain P",
-}
-DUAL_DEFAULTS = {"iterations": 100, "tolerance": 1e-3}
-PEAK_RATE = "peak learning rate"
-DECAY = "AdamW's weight decay, as a share of the learning rate"
 
 
 class _Strict(BaseModel):
@@ -195,19 +185,33 @@ class Translate(Stage):
         "32,768 of them) plus 1 each, so that no token is left without mass; with frequency take "
         "embed_scale convex, since the paper's makes rare tokens' rows of E' short",
     )
+    warm_start: Literal["subtoken_mean", "character_mean", "focus"] | None = Field(
+        None,
+        description="C begins at this start of docs/init.md; default: at the uniform plan",
+    )
+    warm_start_share: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="share of nu that warm_start places, 0.9 by default; mu spreads the rest, and "
+        "becomes the row sums of both",
+    )
     entropy_weight: Number = Field(0.0, description="alpha of alpha * H(P), H in nats")
 
     @model_validator(mode="before")
     @classmethod
-    def _dual_defaults(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("method") == "dual":
-            return {**DUAL_DEFAULTS, **values}
-        return values
+    def _defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        dual = DUAL_DEFAULTS if values.get("method") == "dual" else {}
+        return {**dual, **(WARM_DEFAULTS if values.get("warm_start") else {}), **values}
 
     @model_validator(mode="after")
-    def _tolerance_fits(self) -> "Translate":
+    def _options_fit(self) -> "Translate":
         if self.tolerance is not None and self.method != "dual":
             raise ValueError(f"tolerance is for the method dual, not {self.method}: leave it out")
+        if self.warm_start is not None and self.embed_scale != "convex":
+            raise ValueError("warm_start needs embed_scale convex, for E' to begin as its rows")
+        if (self.warm_start is None) != (self.warm_start_share is None):
+            raise ValueError("warm_start_share is a number with warm_start, and left out without")
         return self
 
 
@@ -217,14 +221,29 @@ class Finetune(Stage):
     kind: Literal["finetune"] = Field(description="train every weight")
     learning_rate: NotNegative = Field(2e-5, description=PEAK_RATE)
     weight_decay: NotNegative = Field(0.01, description=DECAY)
-    init: Literal["translation", "truncate", "source"] = Field(
+    init: Literal[("translation", "truncate", "source", *INITS)] = Field(
         "translation",
         description="translation: fold E', L' into the model; truncate: keep the first U rows of "
-        "E and L; source: change nothing (data in source tokens)",
+        "E and L; source: change nothing (data in source tokens); the others make the new rows of "
+        "E and L from the source's without training, see docs/init.md: mean of all rows; gaussian: "
+        "drawn from their mean and covariance; subtoken_mean and character_mean: of the source "
+        "tokens that write a token's text, whole or character by character; focus: of similar "
+        "tokens that both vocabularies have; alignment: as a file says",
     )
     translation: ExpandedPath | None = Field(
         None, description="translation to fold; default: the one that this run learns"
     )
+    alignment: ExpandedPath | None = Field(
+        None,
+        description="init alignment only: JSON of TokAlign (target id: source id) or of "
+        "trans-tokenization (target token, source tokens with weights)",
+    )
+
+    @model_validator(mode="after")
+    def _alignment_fits(self) -> "Finetune":
+        if (self.init == "alignment") != (self.alignment is not None):
+            raise ValueError("init alignment needs the key alignment, a file; no other init has it")
+        return self
 
 
 AnyStage = Annotated[Pretrain | Translate | Finetune, Field(discriminator="kind")]

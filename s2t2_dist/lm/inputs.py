@@ -49,8 +49,9 @@ def inputs_of(recipe: Recipe, roles: Container[str] | None = None) -> dict[str, 
         given = {}
         if isinstance(stage, Translate):
             given = {"source_tokens": stage.source_tokens, "source_marginal": stage.source_marginal}
-        elif isinstance(stage, Finetune) and stage.translation is not None:
-            given = {"translation": str(stage.translation)}
+        elif isinstance(stage, Finetune):
+            paths = {"translation": stage.translation, "alignment": stage.alignment}
+            given = {key: str(path) for key, path in paths.items() if path is not None}
         for key, value in given.items():
             role, path = f"stages.{stage.name}.{key}", Path(value)
             if directory.is_path(key, value) and wanted(role):

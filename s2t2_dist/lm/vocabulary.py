@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
 from s2t2_dist.config import Translate
 from s2t2_dist.data.shards import ShardReader, require_tokenizer
 from s2t2_dist.errors import ConfigError
 from s2t2_dist.lm.folder import WeightFiles
+from s2t2_dist.lm.tokenizer import read_tokenizer
 
 # Rows that are counted: at 512 tokens per row 17 million tokens, so that a token with frequency
 # one in a million is counted about 17 times.
@@ -22,15 +22,21 @@ BLOCK = 1024  # rows counted at a time
 BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
+def sampled_rows(reader: ShardReader) -> list[int]:
+    """At most COUNTED_ROWS evenly spaced rows: what is counted of a split."""
+    count = min(len(reader), COUNTED_ROWS)
+    return np.linspace(0, len(reader) - 1, count).astype(np.int64).tolist()
+
+
 def token_counts(reader: ShardReader) -> torch.Tensor:
     """Counts of each token id, (vocab,) int64, in at most COUNTED_ROWS evenly spaced rows.
 
     A pure function of the data, so all ranks get the same counts. Padding is not counted.
     """
-    chosen = np.linspace(0, len(reader) - 1, min(len(reader), COUNTED_ROWS)).astype(np.int64)
+    chosen = sampled_rows(reader)
     counts = np.zeros(reader.metadata["vocab_size"], dtype=np.int64)
     for start in range(0, len(chosen), BLOCK):
-        rows = chosen[start : start + BLOCK].tolist()
+        rows = chosen[start : start + BLOCK]
         tokens = np.concatenate([reader[row][: reader.length(row)] for row in rows])
         counts += np.bincount(tokens, minlength=len(counts))
     return torch.from_numpy(counts)
@@ -132,7 +138,7 @@ def _tokenizer_ids(folder: Path, vocab_size: int, single: bool) -> torch.Tensor:
         single: only single characters and bytes, without special tokens. A byte token is written
             as one character, or as `<0x41>` by SentencePiece.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = read_tokenizer(folder)
     special = set(tokenizer.all_special_ids)
     ids = [
         number

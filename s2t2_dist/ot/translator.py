@@ -15,6 +15,7 @@ import torch
 
 from s2t2_dist.comm import Comm
 from s2t2_dist.ot.dykstra import Dykstra
+from s2t2_dist.ot.entropic import Entropic
 from s2t2_dist.ot.plain import Plain
 from s2t2_dist.ot.problem import (
     Problem,
@@ -92,6 +93,8 @@ class Translator:
         embed_scale: "paper" or "convex", see `weight_factors`.
         units: "row_mass" or "literal".
         plans: "shared", or "separate" for one C and P for E and another for L (paper, section 2).
+        first_plan_VU: this rank's rows of the P to start from, float32: positive, of these
+            marginals. Default: see `plans` below.
         comm: the ranks that share the rows.
 
     Attributes:
@@ -114,6 +117,7 @@ class Translator:
         embed_scale: str = "paper",
         units: str = "row_mass",
         plans: str = "shared",
+        first_plan_VU: torch.Tensor | None = None,
         comm: Comm | None = None,
     ):
         _check_choice("embed_scale", embed_scale, ("paper", "convex"))
@@ -134,7 +138,8 @@ class Translator:
         self._embed_factor = after
         _, self._head_factor = weight_factors("head", *scaled)
         values = translated_rows(embed_VD, head_VD, before, plans)
-        self.plans = {name: LearnedPlan(x, self._first_cost(x)) for name, x in values.items()}
+        first = first_plan_VU
+        self.plans = {n: LearnedPlan(x, self._first_cost(x, first)) for n, x in values.items()}
 
     @property
     def costs(self) -> list[torch.nn.Parameter]:
@@ -268,10 +273,17 @@ class Translator:
         plan.statistics["gradient_share"] = nonzero / (self.rows * len(self.nu))
         return square
 
-    def _first_cost(self, values_VK: torch.Tensor) -> torch.nn.Parameter:
+    def _first_cost(
+        self, values_VK: torch.Tensor, plan_VU: torch.Tensor | None
+    ) -> torch.nn.Parameter:
         V, U = len(self.mu), len(self.nu)
         cost_VU = new_matrix(values_VK.new_empty(0, U), V).fill_(self.mass / self.rows)
-        if isinstance(self.solver, Plain):
+        if plan_VU is not None:
+            # A plan that keeps its marginals is its own projection, and P = exp(C) of potentials 0.
+            cost_VU.copy_(plan_VU).mul_(self.mass)
+            if isinstance(self.solver, Entropic):
+                cost_VU.log_()
+        elif isinstance(self.solver, Plain):
             torch.mul(self.mu[:, None], self.nu / self.mass, out=cost_VU)
         return torch.nn.Parameter(cost_VU)
 

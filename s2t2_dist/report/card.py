@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from s2t2_dist.config import METHODS, Recipe
+from s2t2_dist.config import INITS, METHODS, Recipe
 from s2t2_dist.data.evaluate import Evaluation
 
 _STARTS = {
     "translation": "from the translated vocabulary",
     "truncate": "from the first rows of the source vocabulary",
     "source": "in the source vocabulary",
+    **{init: f"new rows without training: {what}" for init, what in INITS.items()},
 }
 
 
@@ -106,7 +107,8 @@ def _stages(recipe: Recipe, context: int) -> str:
     lines = ["| stage | what | steps | tokens | peak learning rate |", "|---|---|---|---|---|"]
     for stage in recipe.stages:
         if stage.kind == "translate":
-            what = f"transport plan, {METHODS[stage.method]}; language model frozen"
+            begun = f" from {INITS[stage.warm_start]}" if stage.warm_start else ""
+            what = f"transport plan, {METHODS[stage.method]}{begun}; language model frozen"
         elif stage.kind == "finetune":
             what = f"every weight, {_STARTS[stage.init]}"
         else:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from s2t2_dist import artifacts
-from s2t2_dist.config import METHODS, Finetune, Pretrain, Stage, Translate
+from s2t2_dist.config import INITS, METHODS, Finetune, Pretrain, Stage, Translate
 from s2t2_dist.errors import DataError
 from s2t2_dist.lm.translation import Translation
 from s2t2_dist.report.figure import draw
@@ -174,30 +174,35 @@ def _is_source(stage: Stage) -> bool:
 def _label(run: FinishedRun, index: int, step: int) -> str:
     stage = run.recipe.stages[index]
     if isinstance(stage, Translate):
-        return f"{_name(stage.method, stage.plans)}, translation only"
+        return f"{_name(stage.method, stage.plans, stage.warm_start)}, translation only"
     if isinstance(stage, Pretrain):
         return "Pretrained from random weights"
     finetuned = " + CFT" if step else ", before CFT"
     if stage.init == "truncate":
         return f"New tokenizer, truncated{finetuned}"
+    if stage.init in INITS:
+        return f"New tokenizer, {INITS[stage.init]}{finetuned}"
     if stage.init == "source":
         cut = "characters" if run.data["characters"] else "BPE"
         return f"Source tokenizer ({cut}){finetuned}"
     if stage.translation is None:
         learned = [s for s in run.recipe.stages[:index] if isinstance(s, Translate)][-1]
-        return f"{_name(learned.method, learned.plans)}{finetuned}"
+        return f"{_name(learned.method, learned.plans, learned.warm_start)}{finetuned}"
     return f"{_method(run.translation_of(stage))}, transferred{finetuned}"
 
 
 def _method(translation: Translation) -> str:
     stages = translation.info.get("recipe", {}).get("stages", [])
-    methods = [s["method"] for s in stages if s["name"] == translation.info.get("stage")]
+    learned = [s for s in stages if s["name"] == translation.info.get("stage")]
     plans = "separate" if len(translation.plans) > 1 else "shared"
-    return _name(methods[0], plans) if methods else "Translation"
+    if not learned:
+        return "Translation"
+    return _name(learned[0]["method"], plans, learned[0].get("warm_start"))
 
 
-def _name(method: str, plans: str) -> str:
-    return METHODS[method] + (" (P for E, P for L)" if plans == "separate" else "")
+def _name(method: str, plans: str, warm_start: str | None) -> str:
+    begun = f" from {INITS[warm_start]}" if warm_start else ""
+    return METHODS[method] + begun + (" (P for E, P for L)" if plans == "separate" else "")
 
 
 COLUMNS = (

@@ -54,6 +54,7 @@ PATH_KEYS = (
     "deepspeed",
     "model_name_or_path",
     "translation",
+    "alignment",
     "source_tokens",
     "source_marginal",
 )

@@ -9,12 +9,13 @@ import torch
 
 from s2t2_dist import artifacts
 from s2t2_dist.comm import agree
-from s2t2_dist.config import Finetune, Pretrain, Stage, Translate
+from s2t2_dist.config import INITS, Finetune, Pretrain, Stage, Translate
 from s2t2_dist.data.batches import Batch, load_batch
 from s2t2_dist.data.evaluate import sum_of_nats
 from s2t2_dist.lm import engine
 from s2t2_dist.lm.fold import fold
-from s2t2_dist.lm.folder import local_folder, save_random_lm
+from s2t2_dist.lm.folder import save_random_lm
+from s2t2_dist.lm.init import starting_rows
 from s2t2_dist.lm.load import load_lm
 from s2t2_dist.lm.probe import plain_logits, probe_engine, probe_rows, require_written
 from s2t2_dist.lm.result import MODEL_DIR, write_model
@@ -43,7 +44,7 @@ def uses_translation_of_run(stage: Stage) -> bool:
 def starting_model(context: Context, stage: Stage) -> Path:
     """The folder that a weight stage starts from; rank 0 makes it where it must be made."""
     if isinstance(stage, Finetune) and stage.init == "source":
-        return local_folder(context.recipe.model)
+        return context.base.folder
     folder = context.run_dir / f"start-{stage.name}"
 
     def make() -> None:
@@ -51,27 +52,35 @@ def starting_model(context: Context, stage: Stage) -> Path:
             return
         record = {"kind": "model", "stage": stage.name}
         with artifacts.sealed_directory(folder, record) as temporary:
-            _make_starting_model(context, stage, temporary)
+            record |= _make_starting_model(context, stage, temporary)
 
     agree(context.comm, make, f"writing {folder}")
     return folder
 
 
-def _make_starting_model(context: Context, stage: Stage, target: Path) -> None:
+def _make_starting_model(context: Context, stage: Stage, target: Path) -> dict:
+    """Write the folder; returns what else its manifest says."""
     recipe = context.recipe
     if isinstance(stage, Pretrain):
         torch.manual_seed(recipe.seed)
         vocabulary = {"vocab_size": context.train.metadata["vocab_size"]}
         save_random_lm(recipe.model, vocabulary | context.special_ids, target)
-        return
+        return {}
     assert isinstance(stage, Finetune)
-    source = local_folder(recipe.model)
+    source = context.base.folder
     if stage.init == "truncate":
         rows = context.train.metadata["vocab_size"]
         fold(source, target, lambda weight, _: weight[:rows], context.special_ids)
-        return
+        return {}
+    if stage.init in INITS:
+        start = starting_rows(stage.init, context.base, context.train, recipe.seed, stage.alignment)
+        fold(source, target, lambda weight, _: start(weight), context.special_ids)
+        counts = ", ".join(f"{what} {count}" for what, count in start.record.items())
+        print(f"stage {stage.name}: init {stage.init}, rows {counts}", flush=True)
+        return {"init": {"method": stage.init, **start.record}}
     translation = stage.translation or context.run_dir / TRANSLATION_DIR
     fold_translation(translation, source, target, context.train.metadata)
+    return {}
 
 
 class WeightStage:

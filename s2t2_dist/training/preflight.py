@@ -22,6 +22,7 @@ from transformers import PretrainedConfig
 from s2t2_dist import artifacts
 from s2t2_dist.comm import Comm, agree, announced
 from s2t2_dist.config import (
+    INITS,
     Finetune,
     Pretrain,
     Recipe,
@@ -30,10 +31,16 @@ from s2t2_dist.config import (
     recipe_values,
 )
 from s2t2_dist.config.overrides import changed_keys
-from s2t2_dist.data.shards import TOKENIZER_DIR, require_tokenizer, tokenizer_sha256
+from s2t2_dist.data.shards import (
+    TOKENIZER_DIR,
+    ShardReader,
+    require_tokenizer,
+    tokenizer_sha256,
+)
 from s2t2_dist.errors import ConfigError, DataError, PreflightError, collective
 from s2t2_dist.lm.fold import require_translatable
 from s2t2_dist.lm.folder import WeightFiles
+from s2t2_dist.lm.init import source_weights
 from s2t2_dist.lm.sizes import (
     CHECKPOINT_BYTES,
     accumulation_dtype,
@@ -120,7 +127,7 @@ def check_inputs(context: Context) -> None:
         DataError: the data's tokenizer is not the one that a stage needs, or the model has none.
         ArtifactError: weights or a translation that are incomplete or altered.
     """
-    recipe, data = context.recipe, context.train.metadata
+    recipe = context.recipe
     if not (context.run_dir / CONFIG).exists():  # else the result is worth having all the same
         _check_tokenizer(context.train.directory / TOKENIZER_DIR)
     if recipe.model.config is not None:
@@ -138,9 +145,9 @@ def check_inputs(context: Context) -> None:
     for stage in recipe.stages:
         assert not isinstance(stage, Pretrain), "a pretrain stage has no folder to start from"
         if isinstance(stage, Translate):
-            _check_translate(stage, weights, context.deepspeed, data["vocab_size"])
+            _check_translate(stage, weights, context)
         else:
-            _check_finetune(stage, weights, data)
+            _check_finetune(stage, weights, context.train)
 
 
 def _check_tokenizer(folder: Path) -> None:
@@ -165,18 +172,21 @@ def _check_length(config: PretrainedConfig, rows_of: int) -> None:
         )
 
 
-def _check_translate(stage: Translate, weights: WeightFiles, deepspeed: dict, U: int) -> None:
-    zero = deepspeed.get("zero_optimization", {}).get("stage", 0)
+def _check_translate(stage: Translate, weights: WeightFiles, context: Context) -> None:
+    zero = context.deepspeed.get("zero_optimization", {}).get("stage", 0)
     if zero not in FROZEN_ZERO_STAGES:
         raise ConfigError(
             f"deepspeed: zero_optimization.stage is {zero}, which cannot hold a frozen model; "
             f"stage {stage.name} needs 3 (or 0, a whole model on every rank)"
         )
-    require_translatable(weights, U)
+    require_translatable(weights, context.train.metadata["vocab_size"])
     source_rows(stage, weights)
+    if stage.warm_start is not None:
+        source_weights(stage.warm_start, weights, context.train)
 
 
-def _check_finetune(stage: Finetune, weights: WeightFiles, data: dict) -> None:
+def _check_finetune(stage: Finetune, weights: WeightFiles, train: ShardReader) -> None:
+    data = train.metadata
     if stage.init == "source":
         require_tokenizer(data, weights.folder)
         return
@@ -189,6 +199,8 @@ def _check_finetune(stage: Finetune, weights: WeightFiles, data: dict) -> None:
         )
     if stage.init == "translation" and stage.translation is not None:
         check_translation(load_translation(stage.translation), weights.folder, data)
+    if stage.init in INITS:
+        source_weights(stage.init, weights, train, stage.alignment)
 
 
 def check_room(context: Context) -> None:

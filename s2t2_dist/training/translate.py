@@ -23,6 +23,8 @@ from s2t2_dist.data.evaluate import sum_of_nats
 from s2t2_dist.data.shards import tokenizer_sha256
 from s2t2_dist.errors import DataError, collective
 from s2t2_dist.lm import engine
+from s2t2_dist.lm.folder import WeightFiles
+from s2t2_dist.lm.init import mixture_weights, warm_start
 from s2t2_dist.lm.load import load_lm, token_rows
 from s2t2_dist.lm.probe import plain_logits, probe_engine, probe_rows
 from s2t2_dist.lm.translation import TRANSLATION_DIR, save_translation
@@ -53,8 +55,14 @@ class TranslateStage:
         start, stop = row_range(len(tokens), context.comm.rank, context.comm.size)
         self.rows = (start, stop)
         self.source_vocab_size = weights.vocabulary.size
-        self.token_ids_R, self.source_marginal = tokens[start:stop], mu[start:stop]
         self.target_marginal = target_marginal(stage.target_marginal, context.train)
+        first_plan = None
+        if stage.warm_start is not None:
+            mixture = self._mixture(stage.warm_start, weights)
+            share = stage.warm_start_share
+            mu, plan = warm_start(mixture, tokens, mu, self.target_marginal, share)
+            first_plan = plan(slice(start, stop))
+        self.token_ids_R, self.source_marginal = tokens[start:stop], mu[start:stop]
         settings = engine.engine_settings(
             context.deepspeed, context.recipe.model, stage, context.comm.size
         )
@@ -72,6 +80,7 @@ class TranslateStage:
             embed_scale=stage.embed_scale,
             units=stage.units,
             plans=stage.plans,
+            first_plan_VU=first_plan,
             comm=world_comm(context.recipe.collective_timeout),
         )
         self.optimizer = torch.optim.AdamW(
@@ -84,6 +93,15 @@ class TranslateStage:
         )
         self.warned = False
         self.translated = None
+
+    def _mixture(self, init: str, weights: WeightFiles) -> torch.Tensor:
+        """The start's weights (U, V), rank 0's on every rank."""
+        comm, data, seed = self.context.comm, self.context.train, self.context.recipe.seed
+
+        def make() -> torch.Tensor | None:
+            return mixture_weights(init, weights, data, seed) if comm.rank == 0 else None
+
+        return comm.broadcast_object(agree(comm, make, f"making the start {init}"))
 
     def probe(self) -> None:
         """Give the engine rows of E and L as E' and L': it must say what the model says of them."""

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from data_prep.build import BuildOptions, build_shards
 from s2t2_dist import cli, load_translation
+from s2t2_dist.config import INITS
 from s2t2_dist.data.evaluate import Evaluation
 from s2t2_dist.errors import ArtifactError, DataError
 from s2t2_dist.report.compare import compare, make_rows
@@ -82,6 +83,38 @@ def test_rows_and_bits(table):
     ]
     # The source tokenizer is better here, but is no use of the new one.
     assert table[0]["best_new_tokenizer"] == {"label": "S2T2 + CFT", "run": "s2t2"}
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_every_start_has_a_name(init, source_model, protein_data, tmp_path):
+    keys = {"alignment": "a.json"} if init == "alignment" else {}
+    path = tmp_path / "a.json"
+    path.write_text("{}")
+    keys = {"alignment": path} if init == "alignment" else {}
+    stages = [{**FINETUNE, "init": init, **keys}]
+    recipe = make_recipe(tmp_path / "run", source_model, protein_data, stages)
+    compare([write_run(recipe, stage_lines(0, 5, 9.0, 4.3))], tmp_path / "out")
+    rows = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    name = f"New tokenizer, {INITS[init]}"
+    assert [row["label"] for row in rows[2:]] == [f"{name}, before CFT", f"{name} + CFT"]
+
+
+def test_a_warm_start_is_in_the_name(source_model, protein_data, plan, tmp_path):
+    """In its own run, and in one to which it is transferred."""
+    warm = {**TRANSLATE, "warm_start": "subtoken_mean", "embed_scale": "convex"}
+    recipe = make_recipe(tmp_path / "warm", source_model, protein_data, [warm, FINETUNE])
+    lines = stage_lines(0, 10, 6.0, 4.4) + stage_lines(1, 5, 4.4, 4.1)
+    first = write_run(recipe, lines)
+    translation = write_plan(recipe, plan, evaluation(4.4))
+    other = {**FINETUNE, "translation": translation}
+    recipe = make_recipe(tmp_path / "transfer", source_model, protein_data, [other])
+    second = write_run(recipe, stage_lines(0, 5, 4.5, 4.2))
+    compare([first, second], tmp_path / "out")
+    rows = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    found = {row["label"] for row in rows[2:]}
+    name = "S2T2 from mean of sub-tokens"
+    assert {f"{name}, translation only", f"{name} + CFT"} < found
+    assert {f"{name}, transferred, before CFT", f"{name}, transferred + CFT"} < found
 
 
 def test_steps_tokens_and_perplexity(table, protein_data):

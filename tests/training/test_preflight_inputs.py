@@ -33,6 +33,8 @@ TRANSLATE = {"kind": "translate", "max_steps": 1}
 TRUNCATE = {"kind": "finetune", "max_steps": 1, "init": "truncate"}
 SOURCE = {"kind": "finetune", "max_steps": 1, "init": "source"}
 PRETRAIN = {"kind": "pretrain", "max_steps": 1}
+STARTS = [TRANSLATE, TRUNCATE, SOURCE, TRUNCATE | {"init": "mean"}]
+STARTS += [TRUNCATE | {"init": "subtoken_mean"}]
 SMALL = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -123,6 +125,45 @@ def test_a_model_to_pretrain_is_checked(protein_data, values, message):
     assert "\n" not in str(caught.value)
 
 
+def start_from(init, **keys):
+    return {"kind": "finetune", "max_steps": 1, "init": init, **keys}
+
+
+@pytest.mark.parametrize("init", ["mean", "gaussian", "subtoken_mean", "character_mean", "focus"])
+def test_starts_without_training_pass(source_model, protein_data, init):
+    assert check(source_model, protein_data, start_from(init)) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "alignment: .* cannot be read"),
+        ("{}", "must be JSON of the form"),
+        ('{"64": 1}', "names the target id 64, but ids are below 64"),
+        ('{"5": 400}', "names the source id 400, but ids are below 400"),
+        ('{"5": 1}', "lacks 6. of 64 target tokens"),
+    ],
+)
+def test_an_alignment_is_checked_before_the_first_step(
+    source_model, protein_data, tmp_path, content, message
+):
+    path = tmp_path / "alignment.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        check(source_model, protein_data, start_from("alignment", alignment=path))
+
+
+@pytest.mark.parametrize("init", ["subtoken_mean", "focus"])
+def test_tokenizers_without_a_common_text_are_refused_before_the_first_step(
+    folder, protein_data, init
+):
+    tokenizer = Tokenizer(models.BPE({"<unk>": 0, "x": 1}, [], unk_token="<unk>"))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with pytest.raises(ConfigError, match=f"the start {init} does not fit"):
+        check(folder, protein_data, start_from(init))
+
+
 def test_names_that_a_config_class_maps_are_known():
     """GPT-2 calls the width n_embd and takes hidden_size for it."""
     given = {"hidden_size": 16, "n_layer": 1, "n_head": 2}
@@ -130,7 +171,7 @@ def test_names_that_a_config_class_maps_are_known():
     assert (config.n_embd, config.vocab_size) == (16, 64)
 
 
-@pytest.mark.parametrize("stage", [TRANSLATE, TRUNCATE, SOURCE], ids=["P", "truncate", "source"])
+@pytest.mark.parametrize("stage", STARTS, ids=["P", "truncate", "source", "mean", "sub"])
 def test_a_model_without_tokenizer_is_refused(folder, source_data, stage):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(DataError, match=r"base/tokenizer\.json does not exist"):
