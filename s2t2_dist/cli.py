@@ -187,16 +187,28 @@ def evaluate(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Weights and activations; default: as stored.")
     ] = None,
+    marginal: Annotated[bool, typer.Option("--marginal", help="Over all tokenizations.")] = False,
+    beam: Annotated[int, typer.Option(min=2, help="Tokenizations that --marginal keeps.")] = 8,
 ):
     """Print loss, perplexity and bits per byte of a model folder.
 
-    Scores every row of a split, in one process, on the GPU if there is one.
+    Scores every row of a split, in one process, on the GPU if there is one. Slow `--marginal` adds
+    bits per byte over all tokenizations, not one: fair to long tokens (docs/evaluation.md).
 
-    Example: `s2t2 evaluate exports/protein data/protein`
+    Example: `s2t2 evaluate exports/protein data/protein --marginal`
     """
-    from s2t2_dist.report.evaluate import report, score
+    from s2t2_dist.report.evaluate import evaluate_all, load, report
 
-    print(report(score(model_dir, data_dir, split, batch_size, dtype and dtype.value)))
+    lm, reader = load(model_dir, data_dir, split, dtype and dtype.value)
+    if not marginal:
+        print(report(evaluate_all(lm, reader, batch_size)))
+        return
+    from data_prep.tokenizer import load_tokenizer
+    from s2t2_dist.data.shards import TOKENIZER_DIR
+    from s2t2_dist.report.marginal import report_marginal, score_marginal
+
+    known = load_tokenizer(data_dir / TOKENIZER_DIR)
+    print(report_marginal(score_marginal(lm, reader, known, batch_size, beam)))
 
 
 @app.command("export")
