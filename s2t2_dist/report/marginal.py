@@ -47,6 +47,7 @@ class MarginalEvaluation:
 
     Attributes:
         evaluation: with the rows' own tokenization.
+        nats_rows: the same nats by the paths, in float64.
         nats_at_most: at least the marginal nats of all pieces, for certain.
         nats_estimate: of the unbiased estimate of their probability.
         pieces: of text; `whole` are documents that a row holds in full, `exact` are summed in full.
@@ -54,6 +55,7 @@ class MarginalEvaluation:
 
     evaluation: Evaluation
     beam: int
+    nats_rows: float
     nats_at_most: float
     nats_estimate: float
     pieces: int
@@ -82,7 +84,7 @@ def score_marginal(
     Args:
         tokenizer: of the rows.
         batch_size: rows at a time.
-        beam: see `lm.marginal.marginals`; 2 or more.
+        beam: see `lm.marginal.marginals`; nothing is drawn, and the estimate is none, below 2.
 
     Raises:
         ArtifactError: logits that are not finite, or an architecture whose paths cannot share rows.
@@ -102,7 +104,9 @@ def score_marginal(
         task = progress.add_task(f"All tokenizations of {reader.split}", total=evaluation.bytes)
         for start in range(0, len(reader), batch_size):
             rows = range(start, min(start + batch_size, len(reader)))
-            pieces = [p for n, row in enumerate(rows) for p in _pieces(reader, row, n, spellings)]
+            pieces = [
+                p for n, row in enumerate(rows) for p in row_pieces(reader, row, n, spellings)
+            ]
             if not pieces:
                 continue
             ids_RT = load_batch(reader, rows).input_ids.to(lm.device)
@@ -120,10 +124,14 @@ def score_marginal(
                 piece.ends and piece.first in reader.document_starts(rows[piece.row])
                 for piece in pieces
             )
-    _require_same(lm, -math.fsum(each.canonical for each in found), evaluation)
+    nats_rows = -math.fsum(each.canonical for each in found)
+    off = abs(nats_rows / evaluation.nats - 1)
+    if off > _tolerance(lm):
+        raise ArtifactError(_refused(lm, f"gives other nats where paths share a row ({off:.1%})"))
     return MarginalEvaluation(
         evaluation,
         beam,
+        nats_rows,
         -math.fsum(each.bound for each in found),
         -math.fsum(each.estimate for each in found),
         len(found),
@@ -132,8 +140,12 @@ def score_marginal(
     )
 
 
-def _pieces(reader: ShardReader, row: int, number: int, spellings: Spellings) -> list[Piece]:
-    """The pieces of a row, which has this number in the tree."""
+def row_pieces(reader: ShardReader, row: int, number: int, spellings: Spellings) -> list[Piece]:
+    """The texts of a row that are predicted, which has this number in the tree.
+
+    Raises:
+        DataError: a token inside a document spells nothing.
+    """
     length = reader.length(row)
     ids = reader[row][:length].tolist()
     starts = [start for start in reader.document_starts(row).tolist() if start > 1]
@@ -175,13 +187,6 @@ def read_rows(lm: PreTrainedModel, input_ids_RT: torch.Tensor) -> PathTree:
     return tree
 
 
-def _require_same(lm: PreTrainedModel, nats: float, evaluation: Evaluation) -> None:
-    """The pieces are the text that `evaluate` counts, with the same nats by the rows' tokens."""
-    off = abs(nats / evaluation.nats - 1)
-    if off > _tolerance(lm):
-        raise ArtifactError(_refused(lm, f"gives other nats where paths share a row ({off:.1%})"))
-
-
 def _tolerance(lm: PreTrainedModel) -> float:
     return TOLERANCE.get(lm.dtype, TOLERANCE[torch.bfloat16])
 
@@ -195,7 +200,7 @@ def _refused(lm: PreTrainedModel, what: str) -> str:
 
 def report_marginal(found: MarginalEvaluation) -> str:
     """The lines of the evaluation, then those over all tokenizations."""
-    own = found.evaluation.bits_per_byte
+    own = found.bits_per_byte(found.nats_rows)
     nats = (found.nats_estimate, found.nats_likely, found.nats_at_most)
     estimate, likely, sure = map(found.bits_per_byte, nats)
     less = own - estimate
