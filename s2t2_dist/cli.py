@@ -188,7 +188,7 @@ def evaluate(
         Dtype | None, typer.Option(help="Weights and activations; default: as stored.")
     ] = None,
     marginal: Annotated[bool, typer.Option("--marginal", help="Over all tokenizations.")] = False,
-    beam: Annotated[int, typer.Option(min=2, help="Tokenizations that --marginal keeps.")] = 8,
+    beam: Annotated[int, typer.Option(min=2, help="Tokenizations that --marginal keeps.")] = 4,
 ):
     """Print loss, perplexity and bits per byte of a model folder.
 

@@ -2,5 +2,6 @@
 
 Read `folder` (a Hugging Face folder; folding E' and L' in), `vocabulary` (the rows of P and its
 marginals), `translation` (P on disk), `load`, `engine` (DeepSpeed), `result` (the run's model/),
-`sizes` (weight counts and bytes).
+`sizes` (weight counts and bytes). Apart from these: `marginal` (a text over all its tokenizations)
+stands on `paths`, `spellings` and `draw`.
 """

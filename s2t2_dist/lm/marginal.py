@@ -15,10 +15,9 @@ of different tokenizers, and for a model of single characters it is the ordinary
 tokens c before the text are taken as they are.
 
 **What is exact.** p(. | c t) depends on all of t, so no dynamic program over positions gives the
-sum; the number of terms grows like 1.6^n or faster. `marginals` goes through the bytes of the text
+sum; the number of terms grows exponentially with n. `marginals` goes through the bytes of the text
 and holds, at each, the tokenizations of what came before ("paths"). Where no byte has more of them
-than are kept, the result is the exact sum. That is so for short texts, and for any vocabulary
-without overlaps.
+than are kept, the result is the exact sum: for short texts, and for a vocabulary of single bytes.
 
 **What is a bound.** Beyond that, `bound` sums the complete tokenizations of the best `beam` paths
 at every byte, each term exact. It is never above P, so its bits are never below P's. The row's own
@@ -103,7 +102,7 @@ class _Path:
     """A tokenization of a piece up to a byte, whose last token is not read yet.
 
     Attributes:
-        parent: its slots without that token; of the row's own tokenization with it.
+        parent: its slots without that token. Not used of the row's own tokenization.
         place: the position of that token.
         log_p: of all its tokens, exact.
         log_weight: in the unbiased sum: log_p, or more where it stands for paths not drawn.

@@ -41,11 +41,13 @@ class _Slots(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        more = self.count - self.keys.shape[2]
+        if more := self.count - self.keys.shape[2]:
+            grow = (0, 0, 0, more)
+            self.keys = torch.nn.functional.pad(self.keys, grow)
+            self.values = torch.nn.functional.pad(self.values, grow)
         index = self.slots_RQ[:, None, :, None]
-        for name, states in (("keys", key_states), ("values", value_states)):
-            held = torch.nn.functional.pad(getattr(self, name), (0, 0, 0, more))
-            setattr(self, name, held.scatter_(2, index.expand_as(states), states))
+        self.keys.scatter_(2, index.expand_as(key_states), key_states)
+        self.values.scatter_(2, index.expand_as(value_states), value_states)
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

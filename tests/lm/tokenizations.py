@@ -5,9 +5,11 @@ from functools import cache
 
 import torch
 
+PASS = 512  # sequences in one pass of the model
+
 
 class Oracle:
-    """Sums over all sequences of tokens, each by plain passes of the model.
+    """Sums over all sequences of tokens, each by a plain pass of the model from its first token.
 
     Args:
         lm: in float64.
@@ -17,44 +19,43 @@ class Oracle:
     """
 
     def __init__(self, lm, context, texts, end=0):
-        self.lm, self.context, self.end = lm, tuple(context), end
+        self.lm, self.context, self.end = lm, list(context), end
         self.spelling = [(token, text) for token, text in enumerate(texts) if text]
-        self.log_p = cache(self._log_p)
+        self.enumerate = cache(self._enumerate)
 
-    def _log_p(self, tokens):
-        """Of every token after the context and these."""
+    def _next_log_p(self, sequences):
+        """Log p of every next token after sequences of one length."""
+        rows = torch.tensor([self.context + list(tokens) for tokens in sequences])
         with torch.no_grad():
-            logits = self.lm(torch.tensor([self.context + tokens]), use_cache=False).logits
-        return logits[0, -1].log_softmax(0).tolist()
+            logits = [self.lm(part, use_cache=False).logits[:, -1] for part in rows.split(PASS)]
+        return torch.cat(logits).log_softmax(1).tolist()
 
-    def sequences(self, text):
-        """Every tokenization of a text: tokens and their log probability."""
-        stack = [((), 0.0, b"")]
-        while stack:
-            tokens, log_p, said = stack.pop()
-            if said == text:
-                yield tokens, log_p
-                continue
-            for token, piece in self.spelling:
-                if text.startswith(said + piece):
-                    more = log_p + self.log_p(tokens)[token]
-                    stack.append(((*tokens, token), more, said + piece))
+    def _enumerate(self, text):
+        """Tokens and log p of all that spells the text and ends; log p of all that reaches it.
+
+        A sequence reaches a text when its last token makes it begin with the text.
+        """
+        ended, reached, longest = [], [] if text else [0.0], [((), 0.0, b"")]
+        while longest:
+            following = []
+            log_ps = self._next_log_p([tokens for tokens, _, _ in longest])
+            for (tokens, log_p, said), log_p_next in zip(longest, log_ps, strict=True):
+                if said == text:
+                    ended.append((tokens, log_p + log_p_next[self.end]))
+                    continue
+                for token, piece in self.spelling:
+                    longer, total = said + piece, log_p + log_p_next[token]
+                    if longer.startswith(text):
+                        reached.append(total)
+                    if text.startswith(longer):
+                        following.append(((*tokens, token), total, longer))
+            longest = following
+        return ended, reached
 
     def document(self, text):
         """log P(text, end)."""
-        found = [log_p + self.log_p(tokens)[self.end] for tokens, log_p in self.sequences(text)]
-        return math.log(math.fsum(map(math.exp, found)))
+        return math.log(math.fsum(math.exp(log_p) for _, log_p in self.enumerate(text)[0]))
 
     def beginning(self, text):
-        """log P(what comes begins with the text): every sequence until it says that or more."""
-        found, stack = [], [((), 0.0, b"")]
-        while stack:
-            tokens, log_p, said = stack.pop()
-            if said.startswith(text):
-                found.append(math.exp(log_p))
-                continue
-            for token, piece in self.spelling:
-                longer = said + piece
-                if longer.startswith(text) or text.startswith(longer):
-                    stack.append(((*tokens, token), log_p + self.log_p(tokens)[token], longer))
-        return math.log(math.fsum(found))
+        """log P(what comes begins with the text)."""
+        return math.log(math.fsum(map(math.exp, self.enumerate(text)[1])))
