@@ -115,7 +115,7 @@ def slow(*values):
 
 
 @pytest.mark.parametrize(
-    ("length", "seed"), [(1, 0), (2, 1), (7, 2), slow(10, 3), slow(12, 4), slow(12, 5), slow(12, 6)]
+    ("length", "seed"), [(1, 0), (2, 1), (6, 2), slow(10, 3), slow(12, 4), slow(12, 5), slow(12, 6)]
 )
 @pytest.mark.parametrize("ends", [True, False], ids=["document", "cut"])
 def test_equals_brute_force(length, seed, ends):
@@ -133,7 +133,7 @@ def test_equals_brute_force(length, seed, ends):
     assert length < 3 or expected - own > 0.1, "the sum must matter"
 
 
-@pytest.mark.parametrize(("length", "seed"), [(1, 0), (5, 1), slow(5, 2), slow(9, 3)])
+@pytest.mark.parametrize(("length", "seed"), [(1, 0), (4, 1), slow(5, 2), slow(9, 3)])
 def test_next_bytes_equal_brute_force_and_sum_to_one(length, seed):
     lm, text = make_model(seed), random_text(length, seed)
     found = score(lm, *make_row([END_ID], text, seed), ALL)
@@ -156,7 +156,7 @@ def test_next_bytes_equal_brute_force_and_sum_to_one(length, seed):
     assert sum(own) + math.log(shares[-1, END]) == pytest.approx(found.bound, abs=TOLERANCE)
 
 
-@pytest.mark.parametrize(("length", "seed"), [(6, 0), slow(10, 1), slow(10, 2), slow(10, 3)])
+@pytest.mark.parametrize(("length", "seed"), [(5, 0), slow(10, 1), slow(10, 2), slow(10, 3)])
 @pytest.mark.parametrize("ends", [True, False], ids=["document", "cut"])
 def test_the_bound_rises_with_the_beam_to_the_marginal(length, seed, ends):
     lm, text = make_model(seed), random_text(length, seed)
@@ -175,13 +175,13 @@ def test_the_bound_rises_with_the_beam_to_the_marginal(length, seed, ends):
     assert bounds[0] < bounds[2] < bounds[-1], "the beam must matter"
 
 
-@pytest.mark.parametrize("seed", [0, slow(1), slow(2)])
-def test_a_long_text_is_bounded_and_estimated(seed):
-    """200 letters, with some 1e60 tokenizations: only a bigram model has an exact sum."""
+@pytest.mark.parametrize(("length", "seed"), [(100, 0), slow(200, 1), slow(200, 2)])
+def test_a_long_text_is_bounded_and_estimated(length, seed):
+    """Some 1e30 tokenizations for 100 letters: only a bigram model has an exact sum."""
     logits_UU = torch.randn(
         len(TEXTS), len(TEXTS), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     )
-    text = random_text(200, seed)
+    text = random_text(length, seed)
     row, piece = make_row([END_ID], text, seed)
     exact = bigram_document(logits_UU, [END_ID], text)
 
@@ -189,14 +189,14 @@ def test_a_long_text_is_bounded_and_estimated(seed):
         tree = BigramTree(logits_UU, [row])
         return marginals(tree, [row], [piece], SPELLINGS, beam, [draws])[0]
 
-    bounds = [found(beam, 0) for beam in (1, 2, 8, 16)]
+    bounds = [found(beam, 0) for beam in (1, 2, 8)]
     assert all(a.bound <= b.bound + 1e-9 for a, b in pairwise(bounds))
     assert bounds[0].bound == pytest.approx(bounds[0].canonical)
     assert bounds[-1].bound < exact - 5, "k paths cannot be worth more than log2 k bits"
-    estimates = np.array([found(8, draws).estimate for draws in range(10)])
+    estimates = np.array([found(8, draws).estimate for draws in range(8)])
     # Markov's inequality, of which the report makes its bound: once in 1,000.
     assert (estimates - math.log(1000) <= exact).all()
-    assert abs(np.logaddexp.reduce(estimates) - math.log(10) - exact) < 0.5
+    assert abs(np.logaddexp.reduce(estimates) - math.log(8) - exact) < 0.5
     assert estimates.std() < 1 < 0.1 * (exact - bounds[0].canonical)
 
 
