@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -43,16 +43,21 @@ def waiting(doing: str, state: Callable[[], str] = str) -> Iterator[None]:
 
 @contextmanager
 def reading_progress(doing: str) -> Iterator[OpenFile]:
-    """Yield a function that opens files and shows how far they are read."""
+    """Yield a function that opens files and shows how far they are read.
+
+    They are closed at the end, whatever an error has left half read.
+    """
     if sys.stderr.isatty():
-        with _bar() as progress:
-            yield lambda path: progress.open(path, "rb", description=f"{doing} {path.name}")
+        with _bar() as progress, ExitStack() as opened:
+            yield lambda path: opened.enter_context(
+                progress.open(path, "rb", description=f"{doing} {path.name}")
+            )
         return
     now: dict[str, object] = {}
 
     def open_file(path: Path) -> BinaryIO:
         now.update(file=path.open("rb"), path=path, size=path.stat().st_size)
-        return now["file"]
+        return opened.enter_context(now["file"])
 
     def state() -> str:
         try:
@@ -61,7 +66,7 @@ def reading_progress(doing: str) -> Iterator[OpenFile]:
             return ""
         return f" {now['path'].name}: {share:.0%} read"
 
-    with waiting(doing, state):
+    with waiting(doing, state), ExitStack() as opened:
         yield open_file
 
 

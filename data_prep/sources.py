@@ -8,15 +8,12 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from data_prep.formats import READ_BYTES, decoded, detect_format
 from data_prep.parquet import parquet_lines
 from data_prep.progress import OpenFile
 from s2t2_dist.errors import DataError
-
-if TYPE_CHECKING:
-    pass
 
 # Bytes. Small inputs get small chunks, so that every worker has some; large inputs get large ones,
 # so that there are few part files.

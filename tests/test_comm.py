@@ -59,6 +59,7 @@ def test_a_bug_stays_a_bug():
         agree(Comm(), lambda: 1 / 0, "dividing")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_that_do_not_come_are_one_clear_line(rank, monkeypatch):
     """Neither rank 0 nor another one waits for ever for a node whose launch failed."""
@@ -125,6 +126,7 @@ def test_a_rank_and_a_process_alone(environment):
     assert not comm.is_launched()
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_says_for_whom(environment, monkeypatch, capsys):
     """As after a WORLD_SIZE that is left from another job."""
     monkeypatch.setattr(comm, "ANNOUNCE_SECONDS", 0.2)

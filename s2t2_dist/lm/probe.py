@@ -6,6 +6,7 @@ another document: each would train without an error. A few tokens show them all.
 Shapes: B rows, T tokens, U vocabulary of the engine.
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,8 @@ TOKENS = 16  # of a probe's row
 # differ by some 1e-6 in models of this depth, of bfloat16 by some 1e-2; a lost scale or buffer
 # changes the first digit.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+_log = logging.getLogger(__name__)
 
 Logits = Callable[..., torch.Tensor]
 
@@ -48,9 +51,20 @@ def plain_logits(
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference as a share of the largest expected logit; NaN counts as infinite."""
+    """The largest difference of finite logits, as a share of the largest expected one.
+
+    Infinite if they are not finite in the same places. A model may have a row that is not finite
+    (the steps that read it are skipped); if no logit is finite, one line says so.
+    """
     expected = expected.float()
-    off = (found.float().to(expected.device) - expected).abs().max() / expected.abs().max()
+    found = found.float().to(expected.device)
+    finite = expected.isfinite()
+    if not torch.equal(finite, found.isfinite()):
+        return torch.inf
+    if not finite.any():
+        _log.warning("the model's own logits are not finite for the tokens that were compared")
+        return 0.0
+    off = (found - expected)[finite].abs().max() / expected[finite].abs().max()
     return float(off.nan_to_num(torch.inf))
 
 

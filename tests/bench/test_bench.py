@@ -63,6 +63,7 @@ def test_pot_is_the_limit_of_the_literal_one():
     torch.testing.assert_close(baselines.pot(cost, mu, nu).double(), limit, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_peak_sees_memory_that_was_freed_and_memory_that_stays():
     size = 64 * measure.MIB
 
@@ -87,7 +88,7 @@ def test_the_table_has_every_cell():
     assert_complete([results[0], {**results[1], "method": "compile"}, *results[1:]])
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_command_writes_every_cell(tmp_path):
     """Every method in a process of its own, but for the one whose compiler takes a minute."""
     transport.main("40x24", ",".join(NOT_COMPILED), "0.3", 3, 1, 8.0, tmp_path)

@@ -146,6 +146,7 @@ def python_data(tmp_path_factory):
     return folder / "d", texts
 
 
+@pytest.mark.slow
 def test_source_code_comes_back_as_it_was(python_data):
     data, texts = python_data
     decoded = []

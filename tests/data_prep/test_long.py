@@ -125,6 +125,7 @@ def test_a_cut_of_random_rules_changes_no_token(merges, text):
             assert backend.encode(text[:place]).ids + backend.encode(text[place:]).ids == whole
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, database=None)
 @given(st.lists(st.sampled_from([*WORDS, " ", " ", "a", "\u0301", "A"]), min_size=2, max_size=30))
 def test_a_cut_between_words_changes_no_word(parts):

@@ -57,6 +57,7 @@ def build(made, target, jobs, options=OPTIONS, source="p.fasta"):
     return build_shards([made / source], made / "t", target, options, jobs)
 
 
+@pytest.mark.slow
 def test_a_lone_rank_says_whom_it_waits_for_and_gives_up(
     tmp_path, made, quick, monkeypatch, capsys
 ):
@@ -122,6 +123,7 @@ def test_a_corrected_command_takes_over_the_folder_of_a_failed_build(tmp_path, m
     assert not list(tmp_path.glob(".d.partial-old*"))
 
 
+@pytest.mark.slow
 def test_another_rank_waits_until_rank_0_has_taken_over(tmp_path, made, quick, monkeypatch):
     monkeypatch.setattr("data_prep.requests.TAKE_OVER_SECONDS", 1.0)
     with pytest.raises(DataError, match="line 602"):
@@ -161,6 +163,7 @@ def test_a_rank_whose_folder_was_taken_over_writes_nothing_into_the_new_one(
     assert not list((tmp_path / ".d.partial").rglob("part-*"))
 
 
+@pytest.mark.slow
 def test_ranks_see_each_other(tmp_path, quick):
     target = tmp_path / "d"
     one, two = Ranks(target, 0, 3), Ranks(target, 1, 3)
@@ -175,6 +178,7 @@ def test_ranks_see_each_other(tmp_path, quick):
     assert json.loads((tmp_path / ".d.ranks" / "1.json").read_text())["state"] == "done"
 
 
+@pytest.mark.slow
 def test_the_failure_of_an_earlier_attempt_is_not_believed_at_once(tmp_path, quick):
     target = tmp_path / "d"
     with pytest.raises(DataError), Ranks(target, 1, 2):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.gpu import runs
 from tests.jobs import launching
@@ -34,6 +35,10 @@ sys.exit(cli.run(arguments))
 """
 
 
+# In small on a CPU as long as on a card, and there jobs/ has the same of longer runs.
+long_on_a_cpu = () if torch.cuda.is_available() else pytest.mark.soak
+
+
 def test_both_stages_learn(uninterrupted, device):
     assert launching.status(uninterrupted)["state"] == "done"
     losses = runs.training_losses(uninterrupted)
@@ -43,7 +48,7 @@ def test_both_stages_learn(uninterrupted, device):
         assert of_stage[-1] < of_stage[0], of_stage
 
 
-@pytest.mark.parametrize("stage", ["translate", "finetune"])
+@pytest.mark.parametrize("stage", [pytest.param("translate", marks=long_on_a_cpu), "finetune"])
 def test_a_killed_run_resumes_bit_for_bit(stage, uninterrupted, device, demo_data, tmp_path):
     """From the checkpoint before; the steps after it are made again, from the same bits."""
     recipe = runs.write_recipe(tmp_path / "killed", demo_data, device.type)
@@ -84,7 +89,7 @@ def test_export_and_evaluate(device, demo_data, tmp_path):
     assert float(loss) == pytest.approx(last["eval_loss"], abs=0.02), printed
 
 
-@pytest.mark.parametrize("stage", ["translate", "finetune"])
+@pytest.mark.parametrize("stage", ["translate", pytest.param("finetune", marks=long_on_a_cpu)])
 def test_out_of_memory_is_one_line(stage, device, demo_data, tmp_path):
     """It names the stage, the peak and what to lower; exit code 2."""
     large = {"train_batch_size": 256, "per_device_train_batch_size": 256}

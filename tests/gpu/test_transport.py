@@ -14,6 +14,8 @@ from s2t2_dist.ot.problem import Problem
 from tests.ot import oracles
 from tests.ot.problems import leaf_loss, make_cost, make_marginals, translator_inputs
 
+pytestmark = pytest.mark.slow
+
 VALUE = {torch.float32: 1e-5, torch.float64: 1e-12}  # of the row mass
 GRADIENT = {torch.float32: 1e-4, torch.float64: 1e-9}  # of the largest
 CLEAR = 2e-6  # of the row mass; nearer to a threshold float32 decides the support by rounding

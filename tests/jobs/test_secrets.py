@@ -31,6 +31,7 @@ def s2t2(folder: Path, *words: object) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.soak
 def test_a_planted_password_is_nowhere(source_model, protein_data, tmp_path):
     stages = [{"kind": "translate", "max_steps": 4, "learning_rate": 0.01, **runs.STAGE}]
     (tmp_path / "server").mkdir()

@@ -49,7 +49,9 @@ def stopped_with_everything(recipe: Path) -> None:
     assert (run_dir / f"checkpoints/translate-{last:06d}/COMPLETE").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.soak)]
+)
 def test_the_end_of_deepspeeds_runner_stops_its_ranks(number, recipe):
     log = (recipe.parent / "output.txt").open("wb")
     streams = {"stdout": log, "stderr": log, "start_new_session": True}
@@ -78,6 +80,7 @@ def test_a_terminal_that_hangs_up_loses_no_step(recipe):
         stopped_with_everything(recipe)
 
 
+@pytest.mark.soak
 def test_head_does_not_end_a_run(recipe):
     with running(recipe, 0, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as job:
         job.stdout.close()

@@ -7,7 +7,13 @@ from transformers import AutoModelForCausalLM, BertConfig
 
 from s2t2_dist.comm import Comm
 from s2t2_dist.errors import ArtifactError, ConfigError
-from s2t2_dist.lm.probe import plain_logits, probe_engine, probe_rows, require_written
+from s2t2_dist.lm.probe import (
+    difference,
+    plain_logits,
+    probe_engine,
+    probe_rows,
+    require_written,
+)
 from tests.conftest import SOURCE_VOCAB
 from tests.lm.families import make_model, tiny_config
 
@@ -87,3 +93,13 @@ def test_a_model_without_position_ids_is_refused_with_document_mask(olmo):
     lm = load(olmo)
     with pytest.raises(ConfigError, match="takes no position ids"):
         probe_engine(lambda ids: lm(ids).logits, IDS, lambda: lm(IDS).logits, True, Comm())
+
+
+def test_logits_that_are_not_finite_must_be_so_in_the_same_places(caplog):
+    one = torch.tensor([[1.0, 2.0, torch.inf], [torch.nan, 3.0, 4.0]])
+    assert difference(one, one) == 0
+    assert difference(one.clone().fill_(1.0), one) == torch.inf
+    assert difference(one, torch.ones_like(one)) == torch.inf
+    assert difference(one * torch.nan, one * torch.nan) == 0
+    assert "not finite" in caplog.text
+    assert difference(one * 1.5, one) == pytest.approx(0.5)

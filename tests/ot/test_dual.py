@@ -98,6 +98,7 @@ def test_a_fixed_count_equals_the_plain_alternation():
             assert_near(dual.plan(ALL), expected, VALUE)
 
 
+@pytest.mark.slow
 def test_gradient_equals_that_of_the_unrolled_iteration():
     limits = [("narrow", 60), ("random", 500), ("wide", 2000)]
     for case in pairwise(limits, ["row mass", "skewed"], [(5, 3), (9, 14)]):
@@ -113,6 +114,7 @@ def test_gradient_equals_that_of_the_unrolled_iteration():
             assert_near(gradient(dual, cost), expected, GRADIENT)
 
 
+@pytest.mark.slow
 def test_gradient_equals_dense_least_squares(monkeypatch):
     """On the support that was found, whatever it is: many components, or one entry per row."""
     monkeypatch.setattr("s2t2_dist.ot.tiles.CPU_TILE", 1000)

@@ -96,6 +96,7 @@ def test_equals_algorithm_1_at_more_sizes(case):
     assert any(compare_with_oracle(kind, V, U, iterations, marginals, spread, s) for s in seeds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("V", "U"), [(19, 33), (5, 16)])
 def test_rows_of_more_than_one_chunk(short_blocks, V, U):
     assert passes.RowGrid(V, U).chunks == -(-U // 16)
@@ -220,6 +221,7 @@ def test_a_column_search_takes_the_steps_of_newton_search():
     assert steps > 3
 
 
+@pytest.mark.slow
 def test_repeats_bit_for_bit_and_starts_from_thresholds():
     mu, nu, _ = make_marginals("skewed", 45, 14)
     mu, nu = 45 * mu, 45 * nu
@@ -250,6 +252,7 @@ def test_sharded_rows_equal_one_rank(tmp_path):
         torch.testing.assert_close(torch.cat(found), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("short", [False, True])
 @pytest.mark.parametrize(("V", "U", "spread"), [(1, 1, 1.0), (9, 1, 1.0), (21, 33, 0.3)])
 def test_dual_equals_the_passes_in_torch(short, V, U, spread, request):
@@ -275,6 +278,7 @@ def test_dual_equals_the_passes_in_torch(short, V, U, spread, request):
         assert ends == expected
 
 
+@pytest.mark.slow
 def test_dual_starts_from_its_potentials_and_repeats():
     mu, nu, _ = make_marginals("row mass", 20, 8)
     problem = Problem(make_cost("random", 20, 8).detach().float().to(DEVICE), mu.to(DEVICE),
@@ -308,6 +312,7 @@ def run_python(*arguments, **changes):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_room_imports_no_triton():
     code = "import s2t2_dist.ot, sys; assert 'triton' not in sys.modules, 'triton was imported'"
     run_python("-c", code)

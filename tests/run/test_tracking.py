@@ -71,6 +71,7 @@ def test_samples_of_text_are_an_artifact_at_the_end(tmp_path, monkeypatch):
     run_dir.mkdir()
     shipper = MLflowShipper(run_dir, TrackingConfig(uri=uri), {"seed": "17"})
     (run_dir / "samples.jsonl").write_text("{}\n")
+    (run_dir / "metrics.jsonl").touch()
     assert shipper.close("FINISHED")
     run_id = json.loads((run_dir / "mlflow.json").read_text())["run_id"]
     artifacts = MlflowClient(tracking_uri=uri).list_artifacts(run_id)

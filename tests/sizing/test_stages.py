@@ -144,6 +144,7 @@ def test_the_file_to_take(recipe, name, gpus, memory, more, take):
     assert "cpu.json" not in {file.file.name for file in plan.files}
 
 
+@pytest.mark.slow
 def test_checkpointing_is_advised_where_it_makes_the_difference():
     recipe = load_recipe(SEVEN_B, ["model.gradient_checkpointing=false"])
     plan = size_recipe(recipe, Hardware(8), 9 * GIB, CONFIGS / "olmo-7b", 512, 512)
@@ -152,6 +153,7 @@ def test_checkpointing_is_advised_where_it_makes_the_difference():
     assert plan.fits(*named.stages[True])
 
 
+@pytest.mark.slow
 def test_command_prints_json(capsys):
     command = ["plan", str(ONE_B), "--gpus", "8", "--gpu-memory", "80", *DATA]
     assert cli.run([*command, "--config", str(CONFIGS / "olmo-1b"), "--json"]) == 0
