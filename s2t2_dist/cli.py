@@ -184,16 +184,16 @@ def evaluate(
     data_dir: Annotated[Path, typer.Argument(help="Data folder of `s2t2 data build`.")],
     split: Annotated[str, typer.Option(help="Rows to score: train or validation.")] = "validation",
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 16,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Weights and activations; default: as stored.")
-    ] = None,
-    marginal: Annotated[bool, typer.Option("--marginal", help="Over all tokenizations.")] = False,
-    beam: Annotated[int, typer.Option(min=2, help="Tokenizations that --marginal keeps.")] = 4,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the model; default: as stored.")] = None,
+    marginal: Annotated[
+        bool, typer.Option("--marginal", help="Also over all tokenizations of the text; slow.")
+    ] = False,
+    beam: Annotated[int, typer.Option(min=2, help="Of --marginal: paths kept at a byte.")] = 4,
 ):
     """Print loss, perplexity and bits per byte of a model folder.
 
-    Scores every row of a split, in one process, on the GPU if there is one. Slow `--marginal` adds
-    bits per byte over all tokenizations, not one: fair to long tokens (docs/evaluation.md).
+    Scores every row of a split, in one process, on the GPU if there is one; `--marginal` also adds
+    up all tokenizations of the text, which is fair between long tokens and single characters.
 
     Example: `s2t2 evaluate exports/protein data/protein --marginal`
     """

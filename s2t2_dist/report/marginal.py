@@ -6,7 +6,7 @@ it. A document that its row cuts off is a text that goes on (see `lm.marginal`).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -24,7 +24,7 @@ from s2t2_dist.lm.probe import TOLERANCE, difference
 from s2t2_dist.lm.spellings import Spellings
 from s2t2_dist.report.evaluate import evaluate_all, progress_bar, report
 
-# The estimate's bits are below the marginal's by more than log2(ODDS) once in ODDS draws.
+# The estimate's bits are less than the marginal's by log2(ODDS) at most once in ODDS runs.
 ODDS = 1000
 SEED = 17
 
@@ -104,26 +104,11 @@ def score_marginal(
         task = progress.add_task(f"All tokenizations of {reader.split}", total=evaluation.bytes)
         for start in range(0, len(reader), batch_size):
             rows = range(start, min(start + batch_size, len(reader)))
-            pieces = [
-                p for n, row in enumerate(rows) for p in row_pieces(reader, row, n, spellings)
-            ]
-            if not pieces:
-                continue
-            ids_RT = load_batch(reader, rows).input_ids.to(lm.device)
-            found += marginals(
-                read_rows(lm, ids_RT),
-                ids_RT.tolist(),
-                pieces,
-                spellings,
-                beam,
-                [(SEED, rows[piece.row], piece.first) for piece in pieces],
-                last_position(lm),
-                advance=lambda count: progress.advance(task, count),
+            more, documents = _score_rows(
+                lm, reader, rows, spellings, beam, lambda count: progress.advance(task, count)
             )
-            whole += sum(
-                piece.ends and piece.first in reader.document_starts(rows[piece.row])
-                for piece in pieces
-            )
+            found += more
+            whole += documents
     nats_rows = -math.fsum(each.canonical for each in found)
     off = abs(nats_rows / evaluation.nats - 1)
     if off > _tolerance(lm):
@@ -140,8 +125,35 @@ def score_marginal(
     )
 
 
+def _score_rows(
+    lm: PreTrainedModel,
+    reader: ShardReader,
+    rows: range,
+    spellings: Spellings,
+    beam: int,
+    advance: Callable[[int], None],
+) -> tuple[list[Marginal], int]:
+    """The marginals of the rows' pieces, and how many of these are whole documents."""
+    pieces = [p for n, row in enumerate(rows) for p in row_pieces(reader, row, n, spellings)]
+    if not pieces:
+        return [], 0
+    ids_RT = load_batch(reader, rows).input_ids.to(lm.device)
+    found = marginals(
+        read_rows(lm, ids_RT),
+        ids_RT.tolist(),
+        pieces,
+        spellings,
+        beam,
+        [(SEED, rows[piece.row], piece.first) for piece in pieces],
+        last_position(lm),
+        advance=advance,
+    )
+    starts = [set(reader.document_starts(row).tolist()) for row in rows]
+    return found, sum(piece.ends and piece.first in starts[piece.row] for piece in pieces)
+
+
 def row_pieces(reader: ShardReader, row: int, number: int, spellings: Spellings) -> list[Piece]:
-    """The texts of a row that are predicted, which has this number in the tree.
+    """The predicted texts of a row that has this number in the tree.
 
     Raises:
         DataError: a token inside a document spells nothing.
