@@ -184,19 +184,31 @@ def evaluate(
     data_dir: Annotated[Path, typer.Argument(help="Data folder of `s2t2 data build`.")],
     split: Annotated[str, typer.Option(help="Rows to score: train or validation.")] = "validation",
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 16,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Weights and activations; default: as stored.")
-    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the model; default: as stored.")] = None,
+    marginal: Annotated[
+        bool, typer.Option("--marginal", help="Also over all tokenizations of the text; slow.")
+    ] = False,
+    beam: Annotated[int, typer.Option(min=2, help="Of --marginal: paths kept at a byte.")] = 4,
 ):
     """Print loss, perplexity and bits per byte of a model folder.
 
-    Scores every row of a split, in one process, on the GPU if there is one.
+    Scores every row of a split, in one process, on the GPU if there is one; `--marginal` also adds
+    up all tokenizations of the text, which is fair between long tokens and single characters.
 
-    Example: `s2t2 evaluate exports/protein data/protein`
+    Example: `s2t2 evaluate exports/protein data/protein --marginal`
     """
-    from s2t2_dist.report.evaluate import report, score
+    from s2t2_dist.report.evaluate import evaluate_all, load, report
 
-    print(report(score(model_dir, data_dir, split, batch_size, dtype and dtype.value)))
+    lm, reader = load(model_dir, data_dir, split, dtype and dtype.value)
+    if not marginal:
+        print(report(evaluate_all(lm, reader, batch_size)))
+        return
+    from data_prep.tokenizer import load_tokenizer
+    from s2t2_dist.data.shards import TOKENIZER_DIR
+    from s2t2_dist.report.marginal import report_marginal, score_marginal
+
+    known = load_tokenizer(data_dir / TOKENIZER_DIR)
+    print(report_marginal(score_marginal(lm, reader, known, batch_size, beam)))
 
 
 @app.command("export")
