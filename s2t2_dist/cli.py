@@ -16,6 +16,7 @@ import typer
 from data_prep.cli import OutDir, data_app, tokenizer_app
 from s2t2_dist import artifacts
 from s2t2_dist.errors import S2T2Error
+from s2t2_dist.study.cli import study
 
 USER_ERROR = 2
 
@@ -94,6 +95,9 @@ def train(
     from s2t2_dist.training import start
 
     raise typer.Exit(start.run(load_recipe(recipe, overrides), resume, dry_run, launchers))
+
+
+app.command("study")(study)
 
 
 @app.command("track")

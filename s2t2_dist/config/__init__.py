@@ -290,6 +290,32 @@ class Recipe(_Strict):
         return self
 
 
+def read_values(path: Path, what: str, example: str) -> dict:
+    """The keys of a YAML 1.2 file of settings.
+
+    Args:
+        what: the file holds, for messages: "recipe".
+        example: a file of the kind that is shipped.
+
+    Raises:
+        ConfigError: there is no such file, it is not YAML, or it holds no keys.
+    """
+    try:
+        values = yaml12.parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{what} {path} does not exist") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"{what} {path} cannot be read ({reason}); give a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{what} {path} is not YAML: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{what} {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{what} {path} holds no keys; see {example}")
+    return values
+
+
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe and apply `key=value` overrides (values are YAML 1.2).
 
@@ -297,19 +323,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         ConfigError: not YAML, an unknown or missing key, or a value out of range; the message
             names the key path.
     """
-    try:
-        values = yaml12.parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"recipe {path} does not exist") from None
-    except OSError as error:
-        reason = error.strerror or error
-        raise ConfigError(f"recipe {path} cannot be read ({reason}); give a YAML file") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"recipe {path} is not YAML: {error}") from None
-    except ConfigError as error:
-        raise ConfigError(f"recipe {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"recipe {path} holds no keys; see launch/recipes/quickstart.yaml")
+    values = read_values(path, "recipe", "launch/recipes/quickstart.yaml")
     for override in overrides or []:
         apply_override(values, override)
     try:
