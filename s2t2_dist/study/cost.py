@@ -19,8 +19,6 @@ from s2t2_dist.report.runs import FinishedRun
 from s2t2_dist.training.context import Context
 from s2t2_dist.training.usage import Usage
 
-ROWS_PER_COUNT = 65_536
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -76,15 +74,10 @@ def translator_flops(run: FinishedRun, stage: Translate) -> float:
 
 
 def text_bytes(reader: ShardReader, rows: int, seed: int) -> int:
-    """Bytes of text in the first rows of the training order; whole epochs are not read."""
+    """Bytes of text in the first rows of the training order; whole epochs are the whole split."""
     epochs, rest = divmod(rows, len(reader))
-    total = epochs * _bytes_of(reader, np.arange(len(reader))) if epochs else 0
-    for start in range(0, rest, ROWS_PER_COUNT):
-        first = epochs * len(reader) + start
-        positions = np.arange(first, first + min(ROWS_PER_COUNT, rest - start))
-        total += _bytes_of(reader, rows_at(positions, len(reader), seed))
+    total = epochs * reader.metadata["splits"][reader.split]["bytes"]
+    positions = np.arange(rows - rest, rows)
+    for row in rows_at(positions, len(reader), seed):
+        total += int(reader.token_bytes[reader[row][: reader.length(row)]].sum())
     return total
-
-
-def _bytes_of(reader: ShardReader, rows: np.ndarray) -> int:
-    return sum(int(reader.token_bytes[reader[row][: reader.length(row)]].sum()) for row in rows)
