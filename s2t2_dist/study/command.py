@@ -103,9 +103,16 @@ def _tell(study: Study, standings: dict[str, str], dry_run: bool) -> None:
         if standings[run.name] != DONE:
             print(f"{standings[run.name]:<10} {run.name} ({_steps(run)} steps)")
     todo = sum(run.steps for run in study.runs if standings[run.name] in (NEW, RESUME))
-    rates = ", ".join(f"{len(study.rates(name))} for {name}" for name in study.file.variants)
-    print(f"rates: {rates}")
+    print(f"{_rates(study)} for each of {len(study.file.variants)} variants")
     print(f"{todo:,} optimizer steps of {sum(run.steps for run in study.runs):,} are to do")
+
+
+def _rates(study: Study) -> str:
+    """How many rates are tried, and whether that is fair."""
+    counts = {name: len(study.rates(name)) for name in study.file.variants}
+    found = sorted(set(counts.values()))
+    fair = "" if len(found) == 1 else ", which favours those with more,"
+    return f"{' or '.join(map(str, found))} rates{fair}"
 
 
 def _steps(run: StudyRun) -> str:

@@ -67,6 +67,7 @@ class Schedule:
 
     Attributes:
         failed: what is wrong, by the run's name.
+        stopped: runs that were stopped, with a checkpoint written.
     """
 
     study: Study
@@ -75,11 +76,12 @@ class Schedule:
     told: Callable[[StudyRun, Answer], None]
     shown: Callable[[list[StudyRun]], None]
     failed: dict[str, str] = field(default_factory=dict)
+    stopped: list[str] = field(default_factory=list)
     workers: list[Worker] = field(default_factory=list)
     busy: dict[str, float] = field(default_factory=dict)  # run -> when to ask for it again
 
     def run(self) -> bool:
-        """Returns whether every run was tried; False after a signal, with checkpoints written."""
+        """Returns whether every run ended; False if a signal or `max_hours` stopped one."""
         (self.study.output_dir / LOGS).mkdir(parents=True, exist_ok=True)
         _share_cores(self.jobs)
         stop, stopping = StopRequest(None, None), False
@@ -94,7 +96,7 @@ class Schedule:
                 self.shown([worker.run for worker in self.workers if worker.run])
         finally:
             self._end()
-        return not stopping
+        return not (stopping or self.stopped)
 
     def _hand_out(self) -> None:
         """Give each idle worker a run, and start workers while there are more runs than they."""
@@ -158,7 +160,9 @@ class Schedule:
             self.queue.append(run)
         elif answer.state == FAILED:
             self.failed[run.name] = answer.told
-        if answer.state in (FAILED, STOPPED):
+        elif answer.state == STOPPED:
+            self.stopped.append(run.name)
+        if answer.state in (FAILED, STOPPED):  # its process ends
             self._remove(worker)
         if answer.state != BUSY:
             self.told(run, answer)

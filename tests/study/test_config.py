@@ -1,5 +1,7 @@
 """The study file: its runs, and every mistake in one line."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -19,6 +21,8 @@ RECIPE = {
     "deepspeed": "ds.json",
     "stages": STAGES,
 }
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "launch" / "studies").glob("*.yaml"))
 RATE = "stages.finetune.learning_rate"
 
 
@@ -156,6 +160,21 @@ def test_a_mistake_is_one_line(changes, told, write, capsys):
     assert cli.run(["study", str(path), "--dry-run"]) == cli.USER_ERROR
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: study {path}: ") and told in line
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_studies_are_fair(path, monkeypatch):
+    """The same number of tried rates, and in the demo the same steps of the same batch."""
+    monkeypatch.chdir(ROOT)
+    study = load_study(path)
+    assert len({len(study.rates(name)) for name in study.file.variants}) == 1
+    for run in study.runs:
+        assert {stage.train_batch_size for stage in run.recipe.stages} == {48}
+        assert {str(run.recipe.model.model_name_or_path)} == {"launch/assets/tiny"}
+        if path.name == "demo.yaml":
+            assert run.steps == 135
+    if path.name == "demo.yaml":
+        assert len(study.file.seeds) == 3 and len(study.runs) == 48
 
 
 def test_a_file_that_is_none(tmp_path):

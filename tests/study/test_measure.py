@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import matplotlib.image
@@ -145,6 +146,8 @@ def test_where_a_run_stands(study, finished):
     schedule.directory.identity.write(run.recipe.output_dir, inputs)
     assert schedule.standing(study, run) == schedule.MEASURE
     measure(run, study.output_dir, CPU)
+    assert schedule.standing(study, run) == schedule.DONE
+    shutil.rmtree(run.recipe.output_dir / "model")  # to free the disk
     assert schedule.standing(study, run) == schedule.DONE
     status = run.recipe.output_dir / "status.json"
     status.write_text(status.read_text().replace("done", "preempted"))

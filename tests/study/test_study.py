@@ -230,7 +230,7 @@ def test_a_dry_run_lists_what_is_missing(source_model, protein_data, tmp_path, c
         "missing    truncated_seed-17 (6 steps)",
         "missing    s2t2_seed-18 (6 + 6 steps)",
         "missing    truncated_seed-18 (6 steps)",
-        "rates: 1 for s2t2, 1 for truncated",
+        "1 rates for each of 2 variants",
         "36 optimizer steps of 36 are to do",
         "every recipe was read; nothing was written",
     ]
