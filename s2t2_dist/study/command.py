@@ -141,6 +141,7 @@ def terminal_table(lines: list[Line]) -> Table:
     """The results for a terminal of 80 columns."""
     winner = best(lines)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption="* lowest mean")
+    table.caption_justify = "left"
     table.add_column("")
     for title in ("rate", "bits/byte", "n", "steps", "minutes", "failed"):
         table.add_column(title, justify="right", no_wrap=True)

@@ -59,7 +59,7 @@ class StudyProgress:
         left = time_left(now - self.began, done - self.first, self.total - done)
         if self.bar.disable:
             names = ", ".join(run.name for run in active)
-            self._print(f"{runs}{left and ', ' + left}; now {names}" if names else f"{runs}")
+            self._print(runs + (left and f", {left}") + (names and f"; now {names}"))
         else:
             self.bar.update(self.task, completed=done, description=runs, left=left)
 

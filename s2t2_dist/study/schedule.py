@@ -78,25 +78,24 @@ class Schedule:
     failed: dict[str, str] = field(default_factory=dict)
     stopped: list[str] = field(default_factory=list)
     workers: list[Worker] = field(default_factory=list)
+    stopping: bool = False
     busy: dict[str, float] = field(default_factory=dict)  # run -> when to ask for it again
 
     def run(self) -> bool:
         """Returns whether every run ended; False if a signal or `max_hours` stopped one."""
         (self.study.output_dir / LOGS).mkdir(parents=True, exist_ok=True)
         _share_cores(self.jobs)
-        stop, stopping = StopRequest(None, None), False
+        stop = StopRequest(None, None)
         try:
             while self.queue or any(worker.run for worker in self.workers):
-                if not stopping and stop.asked():
-                    stopping = True
-                    self.queue.clear()
-                    self._ask_to_stop()
+                if not self.stopping and stop.asked():
+                    self._stop()
                 self._hand_out()
                 self._hear()
                 self.shown([worker.run for worker in self.workers if worker.run])
         finally:
             self._end()
-        return not (stopping or self.stopped)
+        return not (self.stopping or self.stopped)
 
     def _hand_out(self) -> None:
         """Give each idle worker a run, and start workers while there are more runs than they."""
@@ -174,6 +173,9 @@ class Schedule:
         self._remove(worker)
         if run is None:
             return
+        if self.stopping:  # before it had begun to listen to signals
+            self.told(run, Answer(STOPPED))
+            return
         log = self.study.output_dir / LOGS / f"{worker.process.name}.txt"
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         told = f"its process {how}; see {log}"
@@ -185,12 +187,15 @@ class Schedule:
         worker.process.join()
         self.workers.remove(worker)
 
-    def _ask_to_stop(self) -> None:
+    def _stop(self) -> None:
+        """Start nothing more; what is being made is saved first."""
+        self.stopping = True
+        self.queue.clear()
         for worker in list(self.workers):
             if worker.run is None:
                 self._remove(worker)
             else:
-                worker.process.terminate()  # SIGTERM: it saves first
+                worker.process.terminate()
 
     def _end(self) -> None:
         """End the workers; those that still have a run save first."""
