@@ -6,13 +6,13 @@
 import csv
 import io
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import mean
 
 from s2t2_dist import artifacts
 from s2t2_dist.errors import DataError
 from s2t2_dist.report.compare import escaped
-from s2t2_dist.study.config import Study, rate_text
+from s2t2_dist.run.directory import CONFIG
+from s2t2_dist.study.config import RUNS, Study, rate_text
 from s2t2_dist.study.halves import RULE
 from s2t2_dist.study.statistics import Cell, Spread, choose
 
@@ -227,7 +227,7 @@ def study_values(
     winner = best(lines)
     runs = []
     for run in study.runs:
-        place = Path("runs") / run.name
+        config = study.file.output_dir / RUNS / run.name / CONFIG
         state = "failed" if run.name in failed else "done" if run.name in records else "missing"
         runs.append(
             {
@@ -237,7 +237,7 @@ def study_values(
                 "seed": run.seed,
                 "state": state,
                 "reason": failed.get(run.name),
-                "command": f"s2t2 train {place / 'config.yaml'}",
+                "command": f"s2t2 train {config}",
                 **records.get(run.name, {"recipe_sha256": run.recipe_sha256}),
             }
         )

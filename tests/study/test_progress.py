@@ -6,11 +6,10 @@ from s2t2_dist.study import progress
 from s2t2_dist.study.config import load_study
 from s2t2_dist.study.progress import StudyProgress
 from s2t2_dist.study.work import Answer
-from tests.study.test_config import write  # noqa: F401 - a fixture
 
 
 @pytest.fixture
-def study(write):  # noqa: F811
+def study(write):
     return load_study(write())
 
 

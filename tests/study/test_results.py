@@ -18,7 +18,7 @@ from s2t2_dist.study.results import (
     write_results,
 )
 from s2t2_dist.study.work import DONE
-from tests.study.test_config import RATE, write  # noqa: F401 - a fixture
+from tests.study.conftest import RATE
 
 SEEDS = [17, 18, 19]
 # variant -> rate -> bits of (select, report) by seed
@@ -47,7 +47,7 @@ def record_of(run, text: str = "same") -> dict:
 
 
 @pytest.fixture
-def study(write):  # noqa: F811
+def study(write):
     return load_study(write(seeds=SEEDS))
 
 
@@ -126,6 +126,8 @@ def test_files(study, records, tmp_path):
         "sha256": artifacts.sha256_file(study.path),
     }
     assert stored["study"]["seeds"] == SEEDS and stored["command"] == "s2t2 study study.yaml"
+    first = stored["runs"][0]
+    assert first["command"] == f"s2t2 train {study.runs[0].recipe.output_dir / 'config.yaml'}"
     states = {run["run"]: (run["state"], run["reason"]) for run in stored["runs"]}
     assert states.pop("truncated_rate-0.003_seed-17") == ("failed", "diverged")
     assert set(states.values()) == {(DONE, None)} and len(states) == 11
@@ -134,6 +136,6 @@ def test_files(study, records, tmp_path):
     assert stored["lines"][0]["report"]["mean"] == pytest.approx(4.25)
 
 
-def test_a_label_cannot_break_the_table(write):  # noqa: F811
+def test_a_label_cannot_break_the_table(write):
     study = load_study(write(variants={"a": {"label": "x | *y*"}}, seeds=[17]))
     assert "| x \\| \\*y\\* |" in markdown(make_lines(study, {}, {}))
