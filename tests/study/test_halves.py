@@ -12,7 +12,7 @@ from data_prep.build import BuildOptions, build_shards
 from s2t2_dist.data.evaluate import evaluate
 from s2t2_dist.data.shards import ShardReader
 from s2t2_dist.errors import DataError
-from s2t2_dist.study.halves import HALVES, Halves, evaluate_halves, half_of
+from s2t2_dist.study.halves import Halves, evaluate_halves, half_of
 from tests.conftest import write_fasta
 
 
@@ -132,7 +132,3 @@ def test_a_half_without_documents_is_refused(protein_tokenizer, tmp_path):
     assert validation.metadata["splits"]["validation"]["documents"] == 1
     with pytest.raises(DataError, match="no document of the 1 in validation is in the half"):
         Halves.of(validation)
-
-
-def test_names():
-    assert HALVES == ("select", "report")
