@@ -101,6 +101,7 @@ def contents(run_dir: Path) -> dict[str, tuple[int, bytes]]:
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
+@pytest.mark.timeout(1200)  # many starts; on a busy machine each takes a minute
 def test_a_study_goes_on_after_every_kind_of_end(start, source_model, protein_data, tmp_path):
     study = write_study(tmp_path, source_model, protein_data)
     runs = tmp_path / "study" / "runs"
@@ -137,8 +138,8 @@ def test_a_study_goes_on_after_every_kind_of_end(start, source_model, protein_da
 
 
 def check_against_train(study: Path) -> None:
-    """Every run of the study, by `s2t2 train` in a process of its own: the same metrics."""
-    for run in RUNS:
+    """Runs that were killed, stopped, and neither, by `s2t2 train` alone: the same metrics."""
+    for run in (RUNS[0], RUNS[2], RUNS[3]):
         made = study.parent / "study" / "runs" / run
         alone = study.parent / "alone" / run
         alone.mkdir(parents=True)
