@@ -80,7 +80,8 @@ def output(study: Path) -> str:
 
 
 def wait_for(run: str, study: Path, process: subprocess.Popen, stage: str, step: int) -> None:
-    launching.wait_for_line(study.parent / "study" / "runs" / run, stage, step, process)
+    run_dir = study.parent / "study" / "runs" / run
+    launching.wait_for_line(run_dir, stage, step, process, timeout=600)
 
 
 def worker_of(process: subprocess.Popen) -> psutil.Process:
