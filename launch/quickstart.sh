@@ -7,22 +7,10 @@
 #   bash launch/quickstart.sh --short   10 steps per stage, to check that it works; in runs/short/
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/demo_data.sh"
 
-PROTEINS=launch/assets/proteins.fasta.gz
-MODEL=launch/assets/tiny
-DATA=runs/data
-CONTEXT=128
 RUNS=runs
 SHORT=() # with --short, overrides for every stage
-
-# step LABEL COMMAND...: runs the command and prints how long it took.
-step() {
-  local label=$1 begin=$SECONDS
-  shift
-  printf '\n== %s\n' "$label"
-  "$@"
-  printf '== %s: %d s\n' "$label" $((SECONDS - begin))
-}
 
 # train NAME RECIPE [KEY=VALUE...]: runs a recipe on two processes, in the run directory NAME. The
 # launcher's exit code is not reliable, so status.json must say that the run is done.
@@ -50,14 +38,7 @@ is_done() {
 
 main() {
   local begin=$SECONDS
-  step "tokenizer of 512 tokens" \
-    s2t2 tokenizer train "$PROTEINS" --vocab-size 512 --out "$DATA/tokenizer-512"
-  step "shards in the new tokens" \
-    s2t2 data build "$PROTEINS" --tokenizer "$DATA/tokenizer-512" --context "$CONTEXT" \
-    --validation-fraction 0.05 --out "$DATA/proteins-512"
-  step "shards in the source's single characters" \
-    s2t2 data build "$PROTEINS" --tokenizer "$MODEL" --characters --context "$CONTEXT" \
-    --validation-fraction 0.05 --out "$DATA/proteins-characters"
+  demo_data
   step "translate, then finetune (S2T2)" train quickstart quickstart
   step "finetune with the new tokenizer, truncated embeddings" \
     train quickstart-truncated quickstart-truncated

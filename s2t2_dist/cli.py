@@ -16,6 +16,8 @@ import typer
 from data_prep.cli import OutDir, data_app, tokenizer_app
 from s2t2_dist import artifacts
 from s2t2_dist.errors import S2T2Error
+from s2t2_dist.report.cli import compare, translation_app
+from s2t2_dist.study.cli import study
 
 USER_ERROR = 2
 
@@ -26,7 +28,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 config_app = typer.Typer(no_args_is_help=True, help="Look up what a recipe may hold.")
-translation_app = typer.Typer(no_args_is_help=True, help="Look into a learned translation.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
@@ -94,6 +95,9 @@ def train(
     from s2t2_dist.training import start
 
     raise typer.Exit(start.run(load_recipe(recipe, overrides), resume, dry_run, launchers))
+
+
+app.command("study")(study)
 
 
 @app.command("track")
@@ -257,51 +261,7 @@ def verify(model_dir: Annotated[Path, typer.Argument(help="Hugging Face folder."
     require_passed(model_dir, checks)
 
 
-@translation_app.command("show")
-def translation_show(
-    path: Annotated[Path, typer.Argument(help="A run's translation/ folder.")],
-    top: Annotated[int, typer.Option(min=1, help="Source tokens to print of each.")] = 5,
-    source_tokenizer: Annotated[
-        Path | None,
-        typer.Option(help="Tokenizer folder; default: the base model's, if it is there."),
-    ] = None,
-    target_tokenizer: Annotated[
-        Path | None, typer.Option(help="Tokenizer folder; default: the data's, if it is there.")
-    ] = None,
-):
-    """Print a plan's statistics and its sharpest target tokens.
-
-    Each target token comes with the source tokens that it is made of.
-
-    Example: `s2t2 translation show runs/quickstart/translation`
-    """
-    from rich import print as show
-
-    from s2t2_dist.report.translation import report
-
-    show(report(path, top, source_tokenizer, target_tokenizer))
-
-
-@app.command("compare")
-def compare(
-    run_dirs: Annotated[list[Path], typer.Argument(help="Finished runs over the same text.")],
-    out: Annotated[
-        Path, typer.Option("--out", help="Folder for the three files, which are replaced.")
-    ],
-):
-    """Print a table of finished runs; write it with a figure.
-
-    The files are table.md, table.json and figure.png.
-
-    Example: `s2t2 compare runs/quickstart runs/quickstart-truncated --out runs/comparison`
-    """
-    from rich import print as show
-
-    from s2t2_dist.report.compare import FIGURE, TABLE_MD
-    from s2t2_dist.report.compare import compare as compare_runs
-
-    show(compare_runs(run_dirs, out))
-    print(f"{out / TABLE_MD} and {out / FIGURE} written")
+app.command("compare")(compare)
 
 
 def main() -> None:

@@ -223,9 +223,12 @@ def world_comm(timeout: float | None = None) -> Comm:
     """The `Comm` over every rank of the job; a group of one if `join` was not called.
 
     Args:
-        timeout: see `GroupComm`.
+        timeout: see `GroupComm`. A job of one rank waits for nobody: it makes no group, of which a
+            process with several jobs would gather threads and files.
     """
-    return GroupComm(timeout) if dist.is_initialized() else Comm()
+    if not dist.is_initialized():
+        return Comm()
+    return GroupComm(timeout if dist.get_world_size() > 1 else None)
 
 
 def new_group(timeout: float, ranks: Iterable[int] | None = None) -> dist.ProcessGroup:

@@ -61,6 +61,10 @@ def collective(error: S2T2Error) -> S2T2Error:
     return error
 
 
+class InUseError(S2T2Error):
+    """Another job runs in a run directory."""
+
+
 class PreflightError(S2T2Error):
     """Some ranks cannot take part in a job; every rank raises it.
 

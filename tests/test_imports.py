@@ -13,6 +13,7 @@ FLOORS = [
     {"ot", "data", "run"},
     {"lm"},
     {"training", "report", "sizing"},
+    {"study"},
     {"cli"},
     {"train"},
 ]

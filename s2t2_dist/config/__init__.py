@@ -316,19 +316,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         ConfigError: not YAML, an unknown or missing key, or a value out of range; the message
             names the key path.
     """
-    try:
-        values = yaml12.parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"recipe {path} does not exist") from None
-    except OSError as error:
-        reason = error.strerror or error
-        raise ConfigError(f"recipe {path} cannot be read ({reason}); give a YAML file") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"recipe {path} is not YAML: {error}") from None
-    except ConfigError as error:
-        raise ConfigError(f"recipe {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"recipe {path} holds no keys; see launch/recipes/quickstart.yaml")
+    values = yaml12.read_values(path, "recipe", "launch/recipes/quickstart.yaml")
     for override in overrides or []:
         apply_override(values, override)
     try:

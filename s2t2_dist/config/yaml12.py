@@ -5,6 +5,7 @@ keys wins. Source: https://yaml.org/spec/1.2.2/, section 10.3.2 (Core Schema).
 """
 
 import re
+from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
@@ -90,3 +91,29 @@ def parse(text: str) -> Any:
 def dump(values: Any) -> str:
     """Plain values as YAML that `parse` and YAML 1.1 read alike, keys in their order."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def read_values(path: Path, what: str, example: str) -> dict:
+    """The keys of a YAML 1.2 file of settings.
+
+    Args:
+        what: the file holds, for messages: "recipe".
+        example: a file of the kind that is shipped.
+
+    Raises:
+        ConfigError: there is no such file, it is not YAML, or it holds no keys.
+    """
+    try:
+        values = parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{what} {path} does not exist") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"{what} {path} cannot be read ({reason}); give a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{what} {path} is not YAML: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{what} {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{what} {path} holds no keys; see {example}")
+    return values

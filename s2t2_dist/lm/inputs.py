@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from s2t2_dist import artifacts
-from s2t2_dist.comm import Comm
+from s2t2_dist.comm import Comm, agree
 from s2t2_dist.config import Finetune, Recipe, Translate
 from s2t2_dist.errors import ArtifactError
 from s2t2_dist.lm.folder import INDEX, local_folder
@@ -58,6 +58,19 @@ def inputs_of(recipe: Recipe, roles: Container[str] | None = None) -> dict[str, 
                 found = _sealed(value) if path.is_dir() else Input(value, path, {FILE: path})
                 inputs[role] = found
     return inputs
+
+
+def identified(recipe: Recipe, run_dir: Path, deepspeed: dict, comm: Comm) -> dict:
+    """The content of everything that a run reads, as `identity.write` takes it. A collective.
+
+    Args:
+        run_dir: of the run; what it knows of files that have not changed is not hashed again.
+        deepspeed: the DeepSpeed JSON.
+    """
+    inputs = agree(comm, lambda: inputs_of(recipe), "listing the inputs")
+    known = identity.known(run_dir) if comm.rank == 0 else None
+    found = identity.identify(inputs, comm.broadcast_object(known), comm)
+    return found | {identity.DEEPSPEED: identity.of_value(deepspeed, recipe.deepspeed)}
 
 
 def _sealed(given: str) -> Input:

@@ -231,7 +231,7 @@ def markdown(rows: list[Row], best: Row | None) -> str:
     lines = ["| | run | " + " | ".join(titles) + " |"]
     lines.append("|---|---|" + "---:|" * len(COLUMNS))
     for row in rows:
-        cells = [_escaped(row.label), _escaped(row.run or ""), *_cells(row)]
+        cells = [escaped(row.label), escaped(row.run or ""), *_cells(row)]
         if row is best:
             cells = [f"**{cell}**" if cell else "" for cell in cells]
         lines.append("| " + " | ".join(cells) + " |")
@@ -239,7 +239,7 @@ def markdown(rows: list[Row], best: Row | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Text in a cell of a Markdown table."""
     for mark in ("\\", "|", "*", "`", "<"):
         text = text.replace(mark, f"\\{mark}")

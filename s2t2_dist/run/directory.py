@@ -21,7 +21,7 @@ from typing import TextIO
 from s2t2_dist import artifacts
 from s2t2_dist.config import Recipe, load_recipe, recipe_values, yaml12
 from s2t2_dist.config.overrides import changed_keys
-from s2t2_dist.errors import ArtifactError, ConfigError, S2T2Error, without_secrets
+from s2t2_dist.errors import ArtifactError, ConfigError, InUseError, without_secrets
 from s2t2_dist.run import identity
 from s2t2_dist.run.identity import INPUTS
 
@@ -67,7 +67,7 @@ _log = logging.getLogger(__name__)
 def claimed(run_dir: Path, recipe: Recipe, inputs: dict, resume: str) -> Iterator[None]:
     """Create or take over a run directory and hold its lock. On rank 0 only.
 
-    Args, Raises: see `check`; and S2T2Error if another job runs in it.
+    Args, Raises: see `check`; and InUseError if another job runs in it.
     """
     check(run_dir, recipe, inputs, resume)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def locked(run_dir: Path) -> Iterator[None]:
     """Hold the lock of a run directory.
 
     Raises:
-        S2T2Error: another job runs in it.
+        InUseError: another job runs in it.
     """
     with (run_dir / LOCK).open("a+", encoding="utf-8") as lock:
         if _take(lock, run_dir, fcntl.LOCK_EX):
@@ -100,7 +100,7 @@ def check_unlocked(run_dir: Path) -> None:
     """No job runs in a run directory. Holds the lock for a moment, and writes nothing.
 
     Raises:
-        S2T2Error: another job runs in it.
+        InUseError: another job runs in it.
     """
     path = run_dir / LOCK
     if path.exists():
@@ -270,7 +270,7 @@ def _take(lock: TextIO, run_dir: Path, kind: int) -> bool:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         pid, host = _holder(lock)
-        raise S2T2Error(
+        raise InUseError(
             f"{run_dir} is in use by process {pid} on {host}; wait until it is done, or stop it "
             f"there (kill {pid}) and start again"
         ) from None

@@ -72,16 +72,23 @@ class StopRequest:
     Args:
         launchers: of this rank; None without a launcher.
         max_hours: time limit of the job, counted from now; None for no limit.
+        outer: of a process with several jobs, one after the other: it handles the signals for all.
     """
 
-    def __init__(self, launchers: Launchers | None, max_hours: float | None):
+    def __init__(
+        self,
+        launchers: Launchers | None,
+        max_hours: float | None,
+        outer: "StopRequest | None" = None,
+    ):
         self._asked = False
+        self._outer = outer
         self._launchers = launchers
         self._began = self._last = time.monotonic()
         self._limit = max_hours * SECONDS_PER_HOUR if max_hours else None
         self._longest_step = 0.0
         self._longest_save: float | None = None
-        for number in SIGNALS:
+        for number in SIGNALS if outer is None else ():
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._handle)
 
@@ -91,6 +98,8 @@ class StopRequest:
         self._longest_step = max(self._longest_step, now - self._last)
         self._last = now
         if self._launchers is not None and not self._launchers.alive():
+            return True
+        if self._outer is not None and self._outer.asked():
             return True
         return self._asked or (self._limit is not None and self._time_is_up(now))
 

@@ -65,6 +65,7 @@ class Trainer:
         resume: the checkpoint to resume from; None: the newest valid one, if there is any.
         await_cause: from `heartbeat.monitored`.
         launchers: of this process; they count in a job of several ranks.
+        outer: see `start.run_joined`.
     """
 
     def __init__(
@@ -73,12 +74,13 @@ class Trainer:
         resume: Path | None,
         await_cause: Callable[[BaseException], None],
         launchers: Launchers,
+        outer: StopRequest | None = None,
     ):
         self.context = context
         self.recipe, self.run_dir, self.comm = context.recipe, context.run_dir, context.comm
         self.await_cause = await_cause
         watched = launchers if self.comm.size > 1 else None
-        self.stop = StopRequest(watched, self.recipe.max_hours)
+        self.stop = StopRequest(watched, self.recipe.max_hours, outer)
         self.skipped = SkippedSteps(self.recipe.max_bad_steps, self.comm.rank)
         found = checkpoint.find(self.run_dir, self.comm, resume)
         self.resume_dir, self.position = found or (None, None)

@@ -13,10 +13,10 @@ from s2t2_dist.config import Recipe
 from s2t2_dist.data.shards import ShardReader, require_tokenizer
 from s2t2_dist.errors import S2T2Error
 from s2t2_dist.lm import engine
-from s2t2_dist.lm.inputs import inputs_of
-from s2t2_dist.run import checkpoint, directory, heartbeat, identity
+from s2t2_dist.lm.inputs import identified
+from s2t2_dist.run import checkpoint, directory, heartbeat
 from s2t2_dist.run.link import is_shipped
-from s2t2_dist.run.stopping import Launchers
+from s2t2_dist.run.stopping import Launchers, StopRequest
 from s2t2_dist.training import preflight
 from s2t2_dist.training.context import Context
 from s2t2_dist.training.loop import EXIT_DONE, Trainer, start_shipper
@@ -46,22 +46,38 @@ def run(
     """
     launchers = launchers or Launchers.now()
     device = engine.init_distributed(recipe.collective_timeout)
-    world = comm.world_comm()
-    record = partial(directory.record_loss, recipe.output_dir.resolve())
     try:
-        with heartbeat.monitored(world, recipe.heartbeat_timeout, record) as await_cause:
-            context = _open(recipe, world, device)
-            if dry_run:
-                _rehearse(context, resume)
-                code = EXIT_DONE
-            else:
-                code = _run_job(context, resume, await_cause, launchers)
+        code = run_joined(recipe, device, resume, dry_run, launchers)
     except S2T2Error as error:
         if error.collective:  # else the other ranks may still be waiting in a collective
             comm.destroy()
         raise
     comm.destroy()
     return code
+
+
+def run_joined(
+    recipe: Recipe,
+    device: torch.device,
+    resume: str = "auto",
+    dry_run: bool = False,
+    launchers: Launchers | None = None,
+    outer: StopRequest | None = None,
+) -> int:
+    """`run` in a process that has joined its job, and stays in it: for several runs in a process.
+
+    Args:
+        device: of `engine.init_distributed`.
+        outer: asks every run of this process to stop; without it the run handles the signals.
+    """
+    world = comm.world_comm()
+    record = partial(directory.record_loss, recipe.output_dir.resolve())
+    with heartbeat.monitored(world, recipe.heartbeat_timeout, record) as await_cause:
+        context = _open(recipe, world, device)
+        if dry_run:
+            _rehearse(context, resume)
+            return EXIT_DONE
+        return _run_job(context, resume, await_cause, launchers or Launchers.now(), outer)
 
 
 def _open(recipe: Recipe, world: comm.Comm, device: torch.device) -> Context:
@@ -77,13 +93,14 @@ def _run_job(
     resume: str,
     await_cause: Callable[[BaseException], None],
     launchers: Launchers,
+    outer: StopRequest | None,
 ) -> int:
     world = context.comm
     with contextlib.ExitStack() as held:
         state = _claim(context, resume, held)
         preflight.check_shared(context.run_dir, world)
         if world.broadcast_object(state) != "done":
-            return Trainer(context, _asked_for(resume), await_cause, launchers).run()
+            return Trainer(context, _asked_for(resume), await_cause, launchers, outer).run()
         if world.rank == 0:
             _finish_shipping(context)
             print(f"{context.run_dir} is done; nothing to do")
@@ -117,7 +134,7 @@ def _claim(context: Context, resume: str, held: contextlib.ExitStack) -> str | N
     Args:
         held: unlocks the directory.
     """
-    inputs = _identify(context)
+    inputs = identified(context.recipe, context.run_dir, context.deepspeed, context.comm)
 
     def claim() -> str | None:
         if context.comm.rank != 0:
@@ -129,21 +146,13 @@ def _claim(context: Context, resume: str, held: contextlib.ExitStack) -> str | N
     return agree(context.comm, claim, "making the run directory")
 
 
-def _identify(context: Context) -> dict:
-    """The content of everything that the run reads. A collective."""
-    recipe, world = context.recipe, context.comm
-
-    inputs = agree(world, lambda: inputs_of(recipe), "listing the inputs")
-    known = identity.known(context.run_dir) if world.rank == 0 else None
-    found = identity.identify(inputs, world.broadcast_object(known), world)
-    return found | {identity.DEEPSPEED: identity.of_value(context.deepspeed, recipe.deepspeed)}
-
-
 def _rehearse(context: Context, resume: str) -> None:
     """Check what a start would find in the run directory; print what it would do. A collective."""
     run_dir, world = context.run_dir, context.comm
     is_run = world.broadcast_object((run_dir / directory.CONFIG).exists())
-    inputs = _identify(context) if is_run else {}  # of a new run nothing is compared
+    inputs = {}  # of a new run nothing is compared
+    if is_run:
+        inputs = identified(context.recipe, run_dir, context.deepspeed, world)
 
     def look() -> str | None:
         if world.rank != 0:

@@ -64,7 +64,7 @@ def test_script_parses(script):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_script_stops_at_the_first_failure(script):
-    sourced = script.name in ("common.sh", "status.sh")
+    sourced = script.name in ("common.sh", "demo_data.sh", "status.sh")
     assert sourced or "set -euo pipefail" in script.read_text()
 
 

@@ -32,6 +32,17 @@ def test_a_signal_asks_to_stop(number):
     assert stop.asked()
 
 
+@pytest.mark.parametrize("number", stopping.SIGNALS)
+def test_a_signal_stops_every_job_of_a_process(number):
+    """Whenever it comes: in a job, or between the end of one and the start of the next."""
+    outer = StopRequest(launchers=None, max_hours=None)
+    first = StopRequest(launchers=None, max_hours=None, outer=outer)
+    assert not first.asked()
+    os.kill(os.getpid(), number)
+    assert first.asked() and outer.asked()
+    assert StopRequest(launchers=None, max_hours=None, outer=outer).asked()
+
+
 def test_a_job_stops_while_a_step_and_a_save_still_fit(monkeypatch):
     """A limit of 100 s, steps of 10 s, saves of 8 s: after 70 s (70 + 10 + 2 * 8 < 100 < 80 + ...).
 
