@@ -102,6 +102,7 @@ def contents(run_dir: Path) -> dict[str, tuple[int, bytes]]:
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(1200)  # many starts; on a busy machine each takes a minute
 def test_a_study_goes_on_after_every_kind_of_end(start, source_model, protein_data, tmp_path):
     study = write_study(tmp_path, source_model, protein_data)
