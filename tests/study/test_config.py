@@ -135,7 +135,7 @@ def test_shipped_studies_are_fair(path, monkeypatch):
         assert {str(run.recipe.model.model_name_or_path)} == {"launch/assets/tiny"}
         assert run.steps == {"demo.yaml": 135, "tiny.yaml": 8}[path.name]
     if path.name == "demo.yaml":
-        assert len(study.file.seeds) == 3 and len(study.runs) == 48
+        assert len(study.file.seeds) == 3 and len(study.runs) == 66
 
 
 def test_a_file_that_is_none(tmp_path):
