@@ -93,9 +93,8 @@ def own_cores() -> int:
 
 def report(out: Path, made: bool) -> None:
     """Say what was made, and on stderr what of the input was changed or left out."""
-    from data_prep.totals import summary
+    from data_prep.totals import print_note
     from s2t2_dist import artifacts
 
     print(f"{out} written" if made else f"{out} is already complete")
-    if note := summary(artifacts.read_manifest(out)):
-        print(f"note: {note}", file=sys.stderr)
+    print_note(artifacts.read_manifest(out))

@@ -16,6 +16,7 @@ from data_prep.tokenizer import (
     read_sample,
     view_tokenizer,
 )
+from data_prep.totals import print_note
 from data_prep.trainers import (
     Algorithm,
     Kind,
@@ -87,9 +88,16 @@ def statistics_of(
         DataError: bad input or tokenizer, or a document that the tokenizer cannot spell.
     """
     tokenizer = load_tokenizer(directory)
-    documents = read_sample(inputs, sample, read)
+    documents = _told_sample(inputs, sample, read)
     with waiting("Encoding the sample"):
         return token_statistics(tokenizer, documents)
+
+
+def _told_sample(inputs: Sequence[Path], characters: int, read: ReadOptions) -> list[Document]:
+    """The documents of `read_sample`; says on stderr what was left out."""
+    sample = read_sample(inputs, characters, read)
+    print_note(sample.reading)
+    return sample.documents
 
 
 def sweep(
@@ -122,7 +130,7 @@ def sweep(
     sizes = sizes or [1 << bit for bit in range(smallest.bit_length(), SWEEP_LARGEST.bit_length())]
     for size in sizes:
         require_vocabulary(size, protein)
-    documents = read_sample(inputs, sample, read)
+    documents = _told_sample(inputs, sample, read)
     measured, trained = documents[::HOLD_OUT_EVERY], documents
     if len(documents) >= HOLD_OUT_EVERY:
         trained = [d for i, d in enumerate(documents) if i % HOLD_OUT_EVERY]

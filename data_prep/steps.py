@@ -20,7 +20,7 @@ from data_prep.progress import OpenFile, reading_progress
 from data_prep.readers import id_hashes, parse_chunk
 from data_prep.sources import Chunk, open_binary, read_chunks
 from data_prep.tokenizer import LoadedTokenizer, load_tokenizer
-from data_prep.totals import Totals, check_totals, nucleotides, read_totals
+from data_prep.totals import Totals, check_totals, nucleotides, read_totals, reading_record
 from s2t2_dist import artifacts
 from s2t2_dist.data.shards import SPLITS, TOKEN_BYTES, TOKENIZER_DIR, shard_schema
 from s2t2_dist.errors import S2T2Error
@@ -231,9 +231,8 @@ class Steps:
         files |= artifacts.describe_files(self.partial, others)
         record = {
             **self.request,
-            "reading": self.totals.read.record(),
+            **reading_record(self.totals.read, self.totals.shared),
             "dropped": self._dropped_record(),
-            "shared_ids": dict(zip(("documents", "example"), self.totals.shared, strict=True)),
             "splits": splits,
             **nucleotides(self.totals),
         }

@@ -200,7 +200,7 @@ def test_one_record_of_two_million_residues_trains_in_seconds(tmp_path):
 
 def test_the_sample_of_a_longer_record_is_its_beginning(tmp_path, caplog):
     (tmp_path / "x.fasta").write_text(f">long\n{proteins(5000)}\n")
-    (document,) = read_sample([tmp_path / "x.fasta"], 1000, ReadOptions())
+    (document,) = read_sample([tmp_path / "x.fasta"], 1000, ReadOptions()).documents
     assert document.text == proteins(5000)[:1000]
     assert "document long has 5,000 characters; the sample is its first 1,000" in caplog.text
 
