@@ -114,6 +114,14 @@ def open_partial(target: Path, request: dict, rank: int = 0) -> Path:
     return partial
 
 
+def is_folder_of(partial: Path, request: dict) -> bool:
+    """Whether the folder still is that of a build of this request."""
+    try:
+        return not differences(request, artifacts.read_json(partial / REQUEST))
+    except ArtifactError:
+        return False
+
+
 def mark_failed(partial: Path) -> None:
     """Say that a build has failed in this folder, so that a corrected command may replace it."""
     with suppress(OSError):
@@ -136,7 +144,12 @@ def _stated(partial: Path, request: dict) -> dict:
             _first_only(own, stated)
         finally:
             own.unlink(missing_ok=True)
-    return artifacts.read_json(stated)
+    try:
+        return artifacts.read_json(stated)
+    except ArtifactError:
+        if not stated.exists():
+            raise FileNotFoundError(stated) from None
+        raise
 
 
 def _first_only(own: Path, stated: Path) -> None:

@@ -18,6 +18,7 @@ from data_prep.packing import KEY_BITS, SplitPlan
 from data_prep.parts import Documents, part_path, write_part
 from data_prep.progress import OpenFile, reading_progress
 from data_prep.readers import id_hashes, parse_chunk
+from data_prep.requests import is_folder_of
 from data_prep.sources import Chunk, open_binary, read_chunks
 from data_prep.tokenizer import LoadedTokenizer, load_tokenizer
 from data_prep.totals import Totals, check_totals, nucleotides, read_totals, reading_record
@@ -44,7 +45,6 @@ class Steps:
         request: everything that decides the result; the manifest and every shard record it.
         partial: the shared folder.
         rank: part of the names of temporary files, so that machines do not share one.
-        inode: of the shared folder; another one in its place is not this build's.
     """
 
     tokenizer_dir: Path
@@ -53,7 +53,6 @@ class Steps:
     inputs: tuple[Path, ...]
     partial: Path
     rank: int
-    inode: int
 
     @cached_property
     def tokenizer(self) -> LoadedTokenizer:
@@ -268,7 +267,7 @@ class Steps:
 
     def _require_folder(self) -> None:
         """Raise an S2T2Error if another build has taken the shared folder over."""
-        if not (self.partial.exists() and self.partial.stat().st_ino == self.inode):
+        if not is_folder_of(self.partial, self.request):
             raise S2T2Error(
                 f"{self.partial} was removed or replaced by another build while this one ran; run "
                 "this command again when that has ended"
