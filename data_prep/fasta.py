@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from data_prep.documents import Document, ReadCounts, ReadOptions, bad_record
-from data_prep.formats import BOM
+from data_prep.formats import BOM, COMMENTS
 from data_prep.ids import fasta_id, text_id
 from data_prep.sources import Chunk
 from s2t2_dist.errors import DataError
@@ -16,6 +16,9 @@ LETTERS = (RESIDUES + RARE_RESIDUES).encode()
 COMMENT = (b";", b"#")
 # The headers of the PIR format: a title follows, and `*` ends the sequence.
 PIR = re.compile(rb"(P1|F1|DL|DC|RL|RC|XX|N1|N3);")
+# Marks before a line, of files that were put end to end.
+BOM_LINE = re.compile(rb"\n(?:" + BOM + rb")+")
+BLANKS = re.compile(rb"\s*")
 # Letters. Tools that cut a line of a sequence into blocks make blocks of ten or more.
 BLOCK = 10
 
@@ -26,7 +29,7 @@ def parse_fasta(chunk: Chunk, options: ReadOptions, counts: ReadCounts) -> list[
     if b"\r" in data:
         data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     if BOM in data:  # files with one were put end to end
-        data = data.replace(b"\n" + BOM + b">", b"\n>")
+        data = BOM_LINE.sub(b"\n", data)
     position = _first_record(data, counts) if chunk.line == 1 else 0
     assert data[position : position + 1] in (b">", b""), "a chunk starts with a record"
     for record in data[position + 1 :].split(b"\n>") if data[position:] else []:
@@ -52,13 +55,11 @@ def parse_fasta(chunk: Chunk, options: ReadOptions, counts: ReadCounts) -> list[
 
 def _first_record(data: bytes, counts: ReadCounts) -> int:
     """Where the first record of a file begins, after blank lines and comments."""
-    position = len(data) - len(data.lstrip())
-    while data[position : position + 1] in COMMENT:
-        counts.comments += 1
-        end = data.find(b"\n", position)
-        rest = data[end + 1 :].lstrip() if end >= 0 else b""
-        position = len(data) - len(rest)
-    return position
+    start = BLANKS.match(data).end()
+    end = COMMENTS.match(data, start).end()
+    lines = data[start:end].split(b"\n")
+    counts.comments += sum(line.lstrip().startswith(COMMENT) for line in lines)
+    return end
 
 
 class _NoSequenceError(Exception):

@@ -46,7 +46,7 @@ MARKS = {
 DAMAGED = (EOFError, zlib.error, isal_zlib.IsalError, gzip.BadGzipFile, lzma.LZMAError, OSError)
 # Bytes that a format is told by.
 HEAD = 1 << 16
-COMMENTS = re.compile(rb"(?:[;#][^\n]*\n\s*)*")
+COMMENTS = re.compile(rb"(?:[;#][^\n]*(?:\n\s*|\Z))*")
 # What a FASTA named .txt begins with: an id, and a line of letters in one case.
 FASTA_START = re.compile(rb">[^\s>][^\n]*\n\s*(?:[A-Z*-]{2,}|[a-z*-]{2,})[ \t\r]*(?:\n|$)")
 

@@ -139,10 +139,9 @@ class SharedIds:
         self._new, self._new_texts = [], array("Q")
 
 
-# The prefixes of a FASTA id whose second field is an accession; of `gi` it is the fourth.
-DATABASES = frozenset(
-    ["sp", "tr", "ref", "gb", "emb", "dbj", "tpg", "prf", "pir", "pdb", "lcl", "uc", "cl"]
-)
+# The prefixes of a FASTA id whose second field is an accession, of its database alone; of `gi` the
+# fourth is. (Of `lcl` anyone's.)
+DATABASES = frozenset(["sp", "tr", "ref", "gb", "emb", "dbj", "tpg", "prf", "pir"])
 
 
 def aliases(identifier: str) -> list[str]:
@@ -152,5 +151,7 @@ def aliases(identifier: str) -> list[str]:
         return []
     if fields[0] in ("sp", "tr"):
         return [field for field in fields[1:3] if field]
+    if fields[0] == "pdb":  # an entry and its chain; BLAST writes 1ABC_A
+        return ["_".join(fields[1:3])] if all(fields[1:3]) and len(fields) > 2 else []
     place = 3 if fields[0] == "gi" else 1 if fields[0] in DATABASES else len(fields)
     return [field for field in fields[place : place + 1] if field]

@@ -22,11 +22,12 @@ SHOWN = 3
 
 
 @contextmanager
-def gathered(paths: Sequence[Path], ranks: int = 1) -> Iterator[list[Path]]:
+def gathered(paths: Sequence[Path], ranks: int = 1, walk: bool = True) -> Iterator[list[Path]]:
     """Yield the files that the inputs stand for; spooled ones are removed afterwards.
 
     Args:
         ranks: processes that read the same inputs; a pipe has only one reader.
+        walk: read the files of folders.
 
     Raises:
         DataError: a folder without inputs, or a pipe for several ranks.
@@ -34,7 +35,7 @@ def gathered(paths: Sequence[Path], ranks: int = 1) -> Iterator[list[Path]]:
     files = []
     with tempfile.TemporaryDirectory(prefix="s2t2-") as spool:
         for number, path in enumerate(paths, start=1):
-            if path.is_dir():
+            if walk and path.is_dir():
                 files += _walk(path)
             elif _is_pipe(path):
                 if ranks > 1:
@@ -73,13 +74,16 @@ def _spool(path: Path, folder: Path) -> Path:
 
 
 def _walk(folder: Path) -> list[Path]:
-    """The files of a folder whose names say what they are, sorted; says what it passes over."""
+    """The files of a folder whose names say what they are, sorted; says what it passes over.
+
+    Links to folders are not followed.
+    """
     found, others = [], []
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if hidden or not path.is_file():
+        if hidden or (path.is_dir() and not path.is_symlink()):
             continue
-        known = name_suffix(path) in SUFFIXES and path.name != CHECKED
+        known = path.is_file() and name_suffix(path) in SUFFIXES and path.name != CHECKED
         (found if known else others).append(path)
     if not found:
         raise DataError(

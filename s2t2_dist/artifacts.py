@@ -131,7 +131,8 @@ def _let_umask_decide(path: Path) -> None:
     umask = int(re.search(r"^Umask:\s*(\d+)", status, re.MULTILINE)[1], 8)
     wanted = NEW_FILE & ~umask
     if not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) != wanted:
-        path.chmod(wanted)
+        with suppress(PermissionError):  # of file systems without permissions, as vfat or SMB
+            path.chmod(wanted)
 
 
 def seal(directory: Path, record: dict, files: dict[str, dict] | None = None) -> None:

@@ -15,8 +15,6 @@ import threading
 import zipfile
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import zstandard
 
@@ -187,48 +185,6 @@ def test_what_cannot_be_read_is_told_as_it_is(tmp_path, name, content, message):
         texts(write(tmp_path / name, content))
 
 
-TABLE = {"id": ["a", None, "c"], "text": ["one", "tw\u00f6", ""], "n": [1, 2, 3]}
-
-
-def parquet(path, table=TABLE, **options):
-    pq.write_table(pa.table(table), path, **options)
-    return path
-
-
-@pytest.mark.parametrize("name", ["x.parquet", "x", "x.txt"])
-@pytest.mark.parametrize("codec", ["snappy", "zstd", "none"])
-def test_parquet(tmp_path, name, codec):
-    path = parquet(tmp_path / name, compression=codec)
-    counts = ReadCounts()
-    documents = list(read_documents([path], counts=counts))
-    assert [document.text for document in documents] == ["one", "tw\u00f6"]
-    assert (documents[0].id, len(documents[1].id), counts.empty) == ("a", 64, 1)
-    with pytest.raises(DataError, match="line 3: the field 'text' is empty"):
-        texts(path, strict=True)
-
-
-def test_parquet_of_many_rows_and_chunks(tmp_path):
-    rows = [f"text {i} \u00e9" for i in range(3000)]
-    table = {"number": list(range(3000)), "code": pa.array(rows).dictionary_encode()}
-    path = parquet(tmp_path / "x.parquet", table, row_group_size=700)
-    read = ReadOptions(field="code", id_field="number")
-    for size in (100, 5000, None):
-        documents = list(read_documents([path], read, chunk_size=size))
-        assert documents == [(str(i), row) for i, row in enumerate(rows)]
-
-
-def test_parquet_mistakes(tmp_path):
-    path = parquet(tmp_path / "x.parquet")
-    with pytest.raises(DataError, match=r"has the columns 'id', 'text', 'n', not 'code'.*--field"):
-        texts(path, field="code")
-    with pytest.raises(DataError, match=r"line 1: .*found the number 1 in that field"):
-        texts(path, field="n")
-    with pytest.raises(DataError, match="no text in its columns"):
-        texts(parquet(tmp_path / "y.parquet", {"text": [b"\xff"]}))
-    with pytest.raises(DataError, match="truncated or damaged Parquet"):
-        texts(write(tmp_path / "z.parquet", path.read_bytes()[:-5]))
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
@@ -306,6 +262,14 @@ def test_folders_are_walked(tmp_path, caplog):
     with gathered([tmp_path / "in"]) as files:
         assert [d.id for d in read_documents(files)] == ["b", "c", "a"]
     assert "3 files are read, 2 are passed over (README.md, release.json)" in caplog.text
+    (tmp_path / "in" / "README.md").unlink()
+    (tmp_path / "in" / "gone.fasta").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "in" / "deep")
+    (tmp_path / "in" / "linked.fasta").symlink_to(tmp_path / "in" / "b.fasta")
+    with gathered([tmp_path / "in"]) as files:
+        assert [path.name for path in files] == ["b.fasta", "c.txt", "a.fa.gz", "linked.fasta"]
+    message = "4 files are read, 3 are passed over (gone.fasta, link, release.json)"
+    assert message in caplog.text
     (tmp_path / "empty").mkdir()
     empty = tmp_path / "empty"
     with pytest.raises(DataError, match=r"empty holds no file named \.fasta"), gathered([empty]):
