@@ -88,7 +88,7 @@ def own_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # What DeepSpeed's launcher and torchrun say.
     here = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"
-    return max(1, (cores or 1) // int(here))
+    return max(1, (cores or 1) // max(1, int(here) if here.isdecimal() else 1))
 
 
 def report(out: Path, made: bool) -> None:

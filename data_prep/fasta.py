@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from data_prep.documents import Document, ReadCounts, ReadOptions, bad_record
+from data_prep.fasta_lines import COMMENT, has_title, is_words
 from data_prep.formats import BOM, COMMENTS
 from data_prep.ids import fasta_id, text_id
 from data_prep.sources import Chunk
@@ -13,14 +14,9 @@ RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 RARE_RESIDUES = "XBZUOJ"
 LETTERS = (RESIDUES + RARE_RESIDUES).encode()
 
-COMMENT = (b";", b"#")
-# The headers of the PIR format: a title follows, and `*` ends the sequence.
-PIR = re.compile(rb"(P1|F1|DL|DC|RL|RC|XX|N1|N3);")
 # Marks before a line, of files that were put end to end.
 BOM_LINE = re.compile(rb"\n(?:" + BOM + rb")+")
 BLANKS = re.compile(rb"\s*")
-# Letters. Tools that cut a line of a sequence into blocks make blocks of ten or more.
-BLOCK = 10
 
 
 def parse_fasta(chunk: Chunk, options: ReadOptions, counts: ReadCounts) -> list[Document]:
@@ -118,7 +114,7 @@ def _sequence_lines(header: bytes, body: bytes, line: int, counts: ReadCounts) -
         _NoSequenceError: a line holds `>` or is a line of words.
     """
     lines = [text.strip(b" \t") for text in body.split(b"\n")]
-    if PIR.match(header) and b"".join(lines).endswith(b"*"):
+    if has_title(header, lines):
         counts.comments += bool(lines[0])
         lines[0] = b""
     for number, text in enumerate(lines):
@@ -131,7 +127,7 @@ def _sequence_lines(header: bytes, body: bytes, line: int, counts: ReadCounts) -
                 "'>' inside a sequence: a header that does not begin its line (were files without "
                 "a last line end put end to end?); put it on a line of its own",
             )
-        elif _is_words(text):
+        elif is_words(text):
             shown = text[:60].decode("utf-8", "backslashreplace")
             raise _NoSequenceError(
                 line + 1 + number,
@@ -139,20 +135,3 @@ def _sequence_lines(header: bytes, body: bytes, line: int, counts: ReadCounts) -
                 "it with ';' to make it a comment",
             )
     return lines
-
-
-def _is_words(line: bytes) -> bool:
-    """Whether blanks part words: they do not part a line of upper case into equal blocks.
-
-    The last block may be shorter, and numbers may count the residues of lower-case blocks too.
-    """
-    if b" " not in line and b"\t" not in line:
-        return False
-    groups = [group for group in line.replace(b"\t", b" ").split(b" ") if group]
-    letters = [group for group in groups if not group.isdigit()]
-    if len(letters) < 2:
-        return False
-    size, last = len(letters[0]), len(letters[-1])
-    blocks = all(len(group) == size for group in letters[:-1])
-    blocks = blocks and (last == size or (last < size and size >= BLOCK))
-    return not (blocks and (len(letters) < len(groups) or line == line.upper()))

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_prep.formats import FASTA_NAMES, NAMED, detect_format, is_text, name_suffix
+from data_prep.formats import FASTA_NAMES, NAMED, detect_format, name_suffix, text_suffix
 from data_prep.progress import waiting
 from data_prep.release import CHECKED
 from s2t2_dist.errors import DataError
@@ -30,7 +30,7 @@ def gathered(paths: Sequence[Path], ranks: int = 1, walk: bool = True) -> Iterat
         walk: read the files of folders.
 
     Raises:
-        DataError: a folder without inputs, or a pipe for several ranks.
+        DataError: a folder without inputs, a pipe for several ranks, or a file given twice.
     """
     files = []
     with tempfile.TemporaryDirectory(prefix="s2t2-") as spool:
@@ -47,7 +47,21 @@ def gathered(paths: Sequence[Path], ranks: int = 1, walk: bool = True) -> Iterat
                 files.append(_spool(path, folder))
             else:
                 files.append(path)
+        _require_once(files)
         yield files
+
+
+def _require_once(files: Sequence[Path]) -> None:
+    """Raise a DataError if two files are the same one, whose documents would count twice."""
+    first: dict[Path, Path] = {}
+    for path in files:
+        place = path.resolve()
+        if place in first:
+            raise DataError(
+                f"{path} is given twice (also as {first[place]}); give it once, or name the files "
+                "of a folder one by one"
+            )
+        first[place] = path
 
 
 def _is_pipe(path: Path) -> bool:
@@ -55,7 +69,7 @@ def _is_pipe(path: Path) -> bool:
 
 
 def _spool(path: Path, folder: Path) -> Path:
-    """Copy a pipe into a file, named .txt if it is text without another format."""
+    """Copy a pipe into a file, named .txt or .jsonl if it is text without a format."""
     is_stdin = str(path) in STDIN
     name = "stdin" if is_stdin else path.name if path.parent.name != "fd" else "pipe"
     copy = folder / name
@@ -68,8 +82,12 @@ def _spool(path: Path, folder: Path) -> Path:
     try:
         detect_format(copy)
     except DataError:
-        if is_text(copy):
-            copy = copy.rename(copy.with_name(f"{name}.txt"))
+        if suffix := text_suffix(copy):
+            copy = copy.rename(copy.with_name(f"{name}{suffix}"))
+        if suffix == ".txt":
+            logging.getLogger(__name__).warning(
+                "%s is read as text, with a document between two blank lines", name
+            )
     return copy
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from data_prep.requests import beside
 from s2t2_dist import artifacts
 from s2t2_dist.errors import ArtifactError, DataError, S2T2Error
 
@@ -40,7 +41,7 @@ def exclusive(target: Path, rank: int = 0) -> Iterator[None]:
         S2T2Error: another process is this rank.
     """
     artifacts.make_parent(target)
-    path = target.parent / f".{target.name}.lock-{rank}"
+    path = beside(target, f"lock-{rank}")
     lock = None
     while lock is None:
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -87,7 +88,7 @@ class Ranks:
 
     def __init__(self, target: Path, rank: int, ranks: int, together: bool = True):
         self.target, self.rank, self.ranks, self.together = target, rank, ranks, together
-        self.folder = target.parent / f".{target.name}.ranks"
+        self.folder = beside(target, "ranks")
         self._token = f"process {os.getpid()} on {os.uname().nodename} from {time.time():.3f}"
         self._done = threading.Event()
         self._signs: dict[int, tuple[object, float]] = {}  # of others: mtime, when it was new

@@ -1,5 +1,6 @@
 """How a tokenizer segments a corpus: compression, token counts, longest tokens; a size sweep."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from data_prep.trainers import (
     special_tokens,
     train,
 )
+from s2t2_dist.errors import DataError
 
 SWEEP_LARGEST = 8192
 # A sweep measures on every fifth sampled document and trains on the others.
@@ -115,7 +117,7 @@ def sweep(
 
     Args:
         sizes: vocabulary sizes, special tokens included; none: powers of 2 that the alphabet
-            allows, to SWEEP_LARGEST.
+            allows, to SWEEP_LARGEST, as far as the data yield so many.
         sample: characters of the hash sample.
         each: is given every size with its statistics as soon as they are there.
 
@@ -127,7 +129,10 @@ def sweep(
     """
     protein = is_protein(inputs)
     smallest = smallest_vocabulary(protein)
-    sizes = sizes or [1 << bit for bit in range(smallest.bit_length(), SWEEP_LARGEST.bit_length())]
+    chosen, sizes = (
+        sizes,
+        sizes or [1 << bit for bit in range(smallest.bit_length(), SWEEP_LARGEST.bit_length())],
+    )
     for size in sizes:
         require_vocabulary(size, protein)
     documents = _told_sample(inputs, sample, read)
@@ -138,7 +143,13 @@ def sweep(
     found = {}
     for size in sizes:
         with waiting(f"Training {size} tokens"):
-            backend = train(texts, size, protein, kind, algorithm)
+            try:
+                backend = train(texts, size, protein, kind, algorithm)
+            except DataError as error:
+                if chosen or not found:
+                    raise
+                logging.getLogger(__name__).warning("no size from %d on: %s", size, error)
+                break
             loaded = view_tokenizer(backend, special_tokens(protein))
             found[size] = token_statistics(loaded, measured)
         if each:

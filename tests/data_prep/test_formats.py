@@ -149,10 +149,38 @@ def test_damaged_utf16(tmp_path):
         b"{ not json\n\nnext",
         b"[1, 2]\n",
         b"#!/bin/sh\n>a\nmkdir x\n",
+        b">hello\nworld\n",
+        b">quoted\nthanks\n\nbody text here\n",
+        b">one\nYes\n>two\nNo\n\nAnd so on\n",
+        b">link\nhttps://example.com/a-long-address/of-something\n",
     ],
 )
-def test_text_that_looks_like_another_format_stays_text(tmp_path, content):
-    assert detect_format(write(tmp_path / "x.txt", content)) == "text"
+def test_text_that_looks_like_another_format_stays_text(tmp_path, content, caplog):
+    path = write(tmp_path / "x.txt", content)
+    assert detect_format(path) == "text"
+    told = "begins with '>' and is read as text" in caplog.text
+    assert told == content.lstrip(b"#!/bin/sh\n").startswith(b">")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b">a\nMKTaaLLsvMKLV\n>b\nMKTLLmmm\n",  # soft-masked
+        b">a\n" + b"mktaallsv" * 6 + b"\nac\n",
+        b">P1;X\nsome title\nMKTLL*\n>P1;Y\na second title\nMKV\n*\n",
+        b"> a\nMKTLL\n> b\nACDEFG\n",
+        b">a\nMKTLLMKTLL ACDEFGHIKL\nACD\n>b\nACDEFG\n",
+        b">a\n  1 mktllmktll acdefghikl acdefghikl 30\n" * 2,
+        b">a\rMKTLL\r>b\rACDEFG\r",
+        b"# c\r>a\rMKTLL\r",
+        b">a\r\nMKTLL\r\n",
+        b">a\nM\n>b\n\n>c\nMK1-\n",  # short, empty, dirty
+        b"".join(b">%d\nMKVLAAGIV\n" % i for i in range(20)) + b">x\nSequence unavailable\n",
+    ],
+)
+def test_a_fasta_named_txt_is_a_fasta(tmp_path, content, caplog):
+    assert detect_format(write(tmp_path / "x.txt", content)) == "fasta"
+    assert caplog.text == ""
 
 
 def archive(kind):
@@ -249,6 +277,36 @@ def test_a_named_pipe_is_what_it_holds(tmp_path, kind):
         pass
 
 
+def spooled(folder, content):
+    """What a pipe that holds this is taken for: its documents."""
+    pipe = folder / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(content))
+    writer.start()
+    with gathered([pipe]) as files:
+        writer.join()
+        return texts(files[0])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{\n  "text": "a"\n}\n', "JSON over several lines"),
+        (b'[\n  {"text": "a"}\n]\n', "JSON over several lines"),
+        (b"{'text': 'a'}\n", "single quotes"),
+    ],
+)
+def test_a_pipe_of_json_that_is_none_by_lines_is_refused(tmp_path, content, message):
+    with pytest.raises(DataError, match=rf"line 1: .*{message}"):
+        spooled(tmp_path, content)
+
+
+@pytest.mark.parametrize("content", [b"[Chapter 1]\n", b"{{ page }}\n", b"text\n"])
+def test_a_pipe_of_text_is_said_to_be_text(tmp_path, content, caplog):
+    assert spooled(tmp_path, content) == [content.decode().strip()]
+    assert "pipe is read as text, with a document between two blank lines" in caplog.text
+
+
 def test_folders_are_walked(tmp_path, caplog):
     for name, content in (
         ("in/b.fasta", b">b\nAC\n"),
@@ -265,11 +323,23 @@ def test_folders_are_walked(tmp_path, caplog):
     (tmp_path / "in" / "README.md").unlink()
     (tmp_path / "in" / "gone.fasta").symlink_to(tmp_path / "nowhere")
     (tmp_path / "in" / "link").symlink_to(tmp_path / "in" / "deep")
-    (tmp_path / "in" / "linked.fasta").symlink_to(tmp_path / "in" / "b.fasta")
+    (tmp_path / "in" / "linked.fasta").symlink_to(write(tmp_path / "other.fasta", FASTA))
     with gathered([tmp_path / "in"]) as files:
         assert [path.name for path in files] == ["b.fasta", "c.txt", "a.fa.gz", "linked.fasta"]
     message = "4 files are read, 3 are passed over (gone.fasta, link, release.json)"
     assert message in caplog.text
+
+
+def test_a_file_is_given_once(tmp_path):
+    """Its documents would count twice, and as copies they are no shared ids."""
+    path = write(tmp_path / "in" / "x.fasta", FASTA)
+    (tmp_path / "y.fasta").symlink_to(path)
+    again = tmp_path / "in" / ".." / "in" / "x.fasta"
+    for other in (path, path.parent, again, tmp_path / "y.fasta"):
+        message = r"x\.fasta is given twice \(also as .*\); give it once"
+        message = message.replace("x", "y", 1) if other.name == "y.fasta" else message
+        with pytest.raises(DataError, match=message), gathered([path, other]):
+            pass
     (tmp_path / "empty").mkdir()
     empty = tmp_path / "empty"
     with pytest.raises(DataError, match=r"empty holds no file named \.fasta"), gathered([empty]):
