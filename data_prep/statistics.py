@@ -129,10 +129,8 @@ def sweep(
     """
     protein = is_protein(inputs)
     smallest = smallest_vocabulary(protein)
-    chosen, sizes = (
-        sizes,
-        sizes or [1 << bit for bit in range(smallest.bit_length(), SWEEP_LARGEST.bit_length())],
-    )
+    powers = [1 << bit for bit in range(smallest.bit_length(), SWEEP_LARGEST.bit_length())]
+    chosen, sizes = sizes, sizes or powers
     for size in sizes:
         require_vocabulary(size, protein)
     documents = _told_sample(inputs, sample, read)
