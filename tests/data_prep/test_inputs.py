@@ -20,8 +20,6 @@ from s2t2_dist import artifacts
 from s2t2_dist.cli import run
 from s2t2_dist.errors import DataError
 from tests.conftest import write_fasta
-
-ROOT = Path(__file__).parents[2]
 from tests.data_prep.test_formats import CONTENTS, FASTA, texts, write
 
 ROOT = Path(__file__).parents[2]
