@@ -3,7 +3,8 @@
 Each line names a document: by the whole line, the text before a comma or semicolon, or the first
 word, whichever is the id of a document. Where a line has a tab, its first column counts; quotes
 and a `>` before the id are left out. `sp|ACC|NAME` may be called ACC or NAME, in the list or in
-the input. The file may be compressed, and in UTF-8, UTF-16 or UTF-32.
+the input, and `pdb|ENTRY|CHAIN` ENTRY_CHAIN. The file may be compressed, and in UTF-8, UTF-16 or
+UTF-32.
 """
 
 from array import array
@@ -44,7 +45,7 @@ class _Names(NamedTuple):
 class DropList:
     """The lines of a list, and which documents they name.
 
-    It holds hashes, 40 bytes for most lines. Lines with the same readings count once. A reading has
+    It holds hashes, 25 bytes for each name. Lines with the same readings count once. A reading has
     a number: that of its line, from 0, times READINGS plus its place among the line's readings.
 
     Raises:
@@ -57,7 +58,8 @@ class DropList:
             raise DataError(f"{path} lists no id; leave out --drop-ids if nothing is to be dropped")
 
     @cached_property
-    def _names(self) -> "_Names":
+    def _names(self) -> _Names:
+        """The names of the file's lines; a first line of its kind stands for the later ones."""
         keys, hashes, readings, first_names = (array("Q") for _ in range(4))
         comments = bytearray()
         all_lines = _lines(self.path)

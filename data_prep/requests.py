@@ -86,7 +86,7 @@ def beside(target: Path, ending: str) -> Path:
     if len(os.fsencode(name)) > artifacts.NAME_BYTES:
         digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
         name = f"{artifacts.beginning(name)}-{digest}"
-    return target.with_name(f".{name}.{ending}")
+    return target.parent / f".{name}.{ending}"
 
 
 def open_partial(target: Path, request: dict, rank: int = 0) -> Path:

@@ -167,7 +167,7 @@ def test_lists_in_blocks(tmp_path, monkeypatch, block):
 
 @pytest.mark.slow
 def test_a_long_list_takes_little_memory(tmp_path):
-    """Forty bytes for a line; whole lines took 300."""
+    """Hashes, 25 bytes for a line; whole lines took 300."""
     count = 50_000
     with (tmp_path / "list").open("w") as file:
         file.writelines(f"UniRef50_A0{i}\tquery{i}\t0.351\t120\t3e-20\t{i}\n" for i in range(count))

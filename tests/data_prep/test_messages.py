@@ -55,19 +55,21 @@ def test_a_target_below_a_file(tmp_path, s2t2, build, protein_fasta):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_target_that_is_something_else(tmp_path, s2t2, build):
+def test_a_target_that_is_something_else(tmp_path, s2t2, build, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
     code, said = s2t2(*build(tmp_path / "file"))
     assert code == 2 and "file is a file, not a folder" in said
     code, said = s2t2(*build(tmp_path / "folder"))
     assert code == 2 and "exists and holds no result of s2t2" in said
+    code, said = s2t2(*build("."))
+    assert code == 2 and "exists and holds no result of s2t2" in said
     code, said = s2t2("data", "verify", tmp_path / "file")
     assert code == 2 and "file is a file, not a folder" in said and "missing" not in said
-    assert (
-        s2t2(*build(tmp_path / ("x" * 252), "--rank", 0, "--ranks", 2, "--only", "encode"))[0] == 0
-    )
-    assert s2t2(*build(tmp_path / ("x" * 252)))[0] == 0
+    long = build(tmp_path / ("x" * 252))
+    assert s2t2(*long, "--rank", 0, "--ranks", 2, "--only", "encode")[0] == 0
+    assert s2t2(*long)[0] == 0
     assert {len(path.name) for path in tmp_path.iterdir()} == {4, 6, 252}
     code, said = s2t2(*build(tmp_path / ("x" * 300)))
     assert code == 2 and "File name too long" in said
