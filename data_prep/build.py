@@ -22,7 +22,7 @@ from data_prep.formats import detect_format
 from data_prep.options import BuildOptions, is_validation
 from data_prep.packing import SplitPlan
 from data_prep.progress import OpenFile, reading_progress, tracked, waiting
-from data_prep.ranks import Ranks, exclusive
+from data_prep.ranks import OtherRankError, Ranks, exclusive
 from data_prep.requests import already_made, describe_sources, mark_failed, open_partial
 from data_prep.sources import Chunk
 from data_prep.steps import Steps
@@ -87,7 +87,7 @@ def build_shards(
         S2T2Error: the disk is full or read-only, a worker was killed, or files of another rank
             are missing.
     """
-    with Ranks(target, jobs.rank, jobs.ranks) as ranks:
+    with Ranks(target, jobs.rank, jobs.ranks, together=jobs.only is None) as ranks:
         for path in inputs:
             detect_format(path)  # report a wrong file before hashing gigabytes
         tokenizer = load_tokenizer(tokenizer_dir)
@@ -98,10 +98,7 @@ def build_shards(
             if already_made(target, request):  # by the process that held the lock
                 return False
             partial = open_partial(target, request, jobs.rank)
-            steps = Steps(
-                tokenizer_dir, options, request, tuple(inputs), partial, jobs.rank,
-                partial.stat().st_ino,
-            )  # fmt: skip
+            steps = Steps(tokenizer_dir, options, request, tuple(inputs), partial, jobs.rank)
             if sum(path.stat().st_size for path in inputs) < SMALL_INPUT:
                 jobs = replace(jobs, workers=1)
             plain_bpe(tokenizer.backend)  # compile once, before the workers start
@@ -118,6 +115,10 @@ def _run(build: "_Build") -> None:
         if build.jobs.ranks == 1:
             steps.remove()
         else:
+            mark_failed(steps.partial)
+        raise
+    except OtherRankError as error:
+        if error.refused:  # perhaps before it had a folder to mark
             mark_failed(steps.partial)
         raise
     except OSError as error:

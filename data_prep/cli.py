@@ -199,7 +199,7 @@ def data_build(
     with (
         stoppable(goes_on),
         gathered(inputs, ranks) as files,
-        gathered([drop_ids] * bool(drop_ids), ranks) as drop,
+        gathered([drop_ids] * bool(drop_ids), ranks, walk=False) as drop,
     ):
         options = BuildOptions(
             context, validation_fraction, characters, seed, packing, *(drop or [None]), read

@@ -88,14 +88,13 @@ def own_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # What DeepSpeed's launcher and torchrun say.
     here = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"
-    return max(1, (cores or 1) // int(here))
+    return max(1, (cores or 1) // max(1, int(here) if here.isdecimal() else 1))
 
 
 def report(out: Path, made: bool) -> None:
     """Say what was made, and on stderr what of the input was changed or left out."""
-    from data_prep.totals import summary
+    from data_prep.totals import print_note
     from s2t2_dist import artifacts
 
     print(f"{out} written" if made else f"{out} is already complete")
-    if note := summary(artifacts.read_manifest(out)):
-        print(f"note: {note}", file=sys.stderr)
+    print_note(artifacts.read_manifest(out))

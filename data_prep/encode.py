@@ -169,7 +169,11 @@ class Encoder:
             )
         for character in dict.fromkeys(text):
             _, other = self._spelling(character)
-            if not other or b"\xef\xbf\xbd" in other:
+            normalizer = backend.normalizer
+            normal = normalizer.normalize_str(character) if normalizer else character
+            if normal != character:  # and so the alphabet may have it
+                other = normal.encode()
+            elif not other or b"\xef\xbf\xbd" in other:
                 return (
                     f"the tokenizer's alphabet has no {character!r}; use a tokenizer trained on "
                     "data of this kind"

@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 from data_prep.documents import Document, ReadCounts, ReadOptions, bad_record
-from data_prep.formats import BOM
+from data_prep.fasta_lines import COMMENT, has_title, is_words
+from data_prep.formats import BOM, COMMENTS
 from data_prep.ids import fasta_id, text_id
 from data_prep.sources import Chunk
 from s2t2_dist.errors import DataError
@@ -13,11 +14,9 @@ RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 RARE_RESIDUES = "XBZUOJ"
 LETTERS = (RESIDUES + RARE_RESIDUES).encode()
 
-COMMENT = (b";", b"#")
-# The headers of the PIR format: a title follows, and `*` ends the sequence.
-PIR = re.compile(rb"(P1|F1|DL|DC|RL|RC|XX|N1|N3);")
-# Letters. Tools that cut a line of a sequence into blocks make blocks of ten or more.
-BLOCK = 10
+# Marks before a line, of files that were put end to end.
+BOM_LINE = re.compile(rb"\n(?:" + BOM + rb")+")
+BLANKS = re.compile(rb"\s*")
 
 
 def parse_fasta(chunk: Chunk, options: ReadOptions, counts: ReadCounts) -> list[Document]:
@@ -26,7 +25,7 @@ def parse_fasta(chunk: Chunk, options: ReadOptions, counts: ReadCounts) -> list[
     if b"\r" in data:
         data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     if BOM in data:  # files with one were put end to end
-        data = data.replace(b"\n" + BOM + b">", b"\n>")
+        data = BOM_LINE.sub(b"\n", data)
     position = _first_record(data, counts) if chunk.line == 1 else 0
     assert data[position : position + 1] in (b">", b""), "a chunk starts with a record"
     for record in data[position + 1 :].split(b"\n>") if data[position:] else []:
@@ -52,13 +51,11 @@ def parse_fasta(chunk: Chunk, options: ReadOptions, counts: ReadCounts) -> list[
 
 def _first_record(data: bytes, counts: ReadCounts) -> int:
     """Where the first record of a file begins, after blank lines and comments."""
-    position = len(data) - len(data.lstrip())
-    while data[position : position + 1] in COMMENT:
-        counts.comments += 1
-        end = data.find(b"\n", position)
-        rest = data[end + 1 :].lstrip() if end >= 0 else b""
-        position = len(data) - len(rest)
-    return position
+    start = BLANKS.match(data).end()
+    end = COMMENTS.match(data, start).end()
+    lines = data[start:end].split(b"\n")
+    counts.comments += sum(line.lstrip().startswith(COMMENT) for line in lines)
+    return end
 
 
 class _NoSequenceError(Exception):
@@ -117,7 +114,7 @@ def _sequence_lines(header: bytes, body: bytes, line: int, counts: ReadCounts) -
         _NoSequenceError: a line holds `>` or is a line of words.
     """
     lines = [text.strip(b" \t") for text in body.split(b"\n")]
-    if PIR.match(header) and b"".join(lines).endswith(b"*"):
+    if has_title(header, lines):
         counts.comments += bool(lines[0])
         lines[0] = b""
     for number, text in enumerate(lines):
@@ -130,7 +127,7 @@ def _sequence_lines(header: bytes, body: bytes, line: int, counts: ReadCounts) -
                 "'>' inside a sequence: a header that does not begin its line (were files without "
                 "a last line end put end to end?); put it on a line of its own",
             )
-        elif _is_words(text):
+        elif is_words(text):
             shown = text[:60].decode("utf-8", "backslashreplace")
             raise _NoSequenceError(
                 line + 1 + number,
@@ -138,20 +135,3 @@ def _sequence_lines(header: bytes, body: bytes, line: int, counts: ReadCounts) -
                 "it with ';' to make it a comment",
             )
     return lines
-
-
-def _is_words(line: bytes) -> bool:
-    """Whether blanks part words: they do not part a line of upper case into equal blocks.
-
-    The last block may be shorter, and numbers may count the residues of lower-case blocks too.
-    """
-    if b" " not in line and b"\t" not in line:
-        return False
-    groups = [group for group in line.replace(b"\t", b" ").split(b" ") if group]
-    letters = [group for group in groups if not group.isdigit()]
-    if len(letters) < 2:
-        return False
-    size, last = len(letters[0]), len(letters[-1])
-    blocks = all(len(group) == size for group in letters[:-1])
-    blocks = blocks and (last == size or (last < size and size >= BLOCK))
-    return not (blocks and (len(letters) < len(groups) or line == line.upper()))

@@ -3,15 +3,17 @@
 | begins with (decompressed, decoded) | format |
 |---|---|
 | `PAR1` | Parquet |
-| `>`, perhaps after comment lines | FASTA |
+| `>`, perhaps after comment lines; in a file named .txt, only before sequences | FASTA |
 | a JSON object | JSON lines |
 | anything else, in a file named .txt | text |
 """
 
 import bz2
 import codecs
+import functools
 import gzip
 import json
+import logging
 import lzma
 import re
 import zlib
@@ -22,6 +24,7 @@ from typing import Any, BinaryIO
 import zstandard
 from isal import igzip, isal_zlib
 
+from data_prep.fasta_lines import looks_like_fasta
 from s2t2_dist.errors import DataError
 
 READ_BYTES = 1 << 20
@@ -46,9 +49,8 @@ MARKS = {
 DAMAGED = (EOFError, zlib.error, isal_zlib.IsalError, gzip.BadGzipFile, lzma.LZMAError, OSError)
 # Bytes that a format is told by.
 HEAD = 1 << 16
-COMMENTS = re.compile(rb"(?:[;#][^\n]*\n\s*)*")
-# What a FASTA named .txt begins with: an id, and a line of letters in one case.
-FASTA_START = re.compile(rb">[^\s>][^\n]*\n\s*(?:[A-Z*-]{2,}|[a-z*-]{2,})[ \t\r]*(?:\n|$)")
+LIKE_JSON = re.compile(r"\{\s*[\"']|\[\s*[\[{\"']")
+COMMENTS = re.compile(rb"(?:[;#][^\n]*(?:\n\s*|\Z))*")
 
 
 def detect_format(path: Path) -> str:
@@ -76,14 +78,27 @@ def detect_format(path: Path) -> str:
         if named:
             return named  # and the reader says that it holds no document
         raise DataError(f"{path} is empty; give a FASTA, .jsonl or .txt file with documents")
-    start = head[COMMENTS.match(head).end() :]
-    if start.startswith(b">") and (named is None or FASTA_START.match(start)):
-        return "fasta"
+    start = head.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    start = start[COMMENTS.match(start).end() :]
+    if start.startswith(b">"):
+        if named is None or looks_like_fasta(start):
+            return "fasta"
+        if named == "text":
+            _warn_of_text(path)
     if name not in FASTA_NAMES and named != "jsonl" and _is_json_lines(head):
         return "jsonl"
     if named:
         return named
     raise DataError(f"{path} {_unknown(head)}")
+
+
+@functools.cache
+def _warn_of_text(path: Path) -> None:
+    logging.getLogger(__name__).warning(
+        "%s begins with '>' and is read as text, because its lines are no sequences; if it is a "
+        "FASTA, name it .fasta",
+        path,
+    )
 
 
 def name_suffix(path: Path) -> str:
@@ -92,14 +107,20 @@ def name_suffix(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def is_text(path: Path) -> bool:
-    """Whether a file begins with UTF-8 text."""
+def text_suffix(path: Path) -> str:
+    """What a file of no known format should be named: .jsonl or .txt, or nothing if it is no text.
+
+    What begins like JSON, but is none by lines, is named so too, for its faults to be told.
+    """
     with path.open("rb") as raw:
         head = _head(path, raw)
     try:
-        return bool(head) and "\0" not in codecs.getincrementaldecoder("utf-8")().decode(head)
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
-        return False
+        return ""
+    if not text or "\0" in text:
+        return ""
+    return ".jsonl" if LIKE_JSON.match(text) else ".txt"
 
 
 def _head(path: Path, raw: BinaryIO) -> bytes:

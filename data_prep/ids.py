@@ -1,6 +1,7 @@
 """Ids of documents. The id alone decides the split, the sample and the order."""
 
 import hashlib
+from array import array
 from collections.abc import Iterable
 
 import numpy as np
@@ -82,10 +83,65 @@ def require_few_shared(shared: int, example: str, documents: int) -> None:
         )
 
 
-# The prefixes of a FASTA id whose second field is an accession; of `gi` it is the fourth.
-DATABASES = frozenset(
-    ["sp", "tr", "ref", "gb", "emb", "dbj", "tpg", "prf", "pir", "pdb", "lcl", "uc", "cl"]
-)
+# Documents that `SharedIds` looks through at once; later an eighth of all ids.
+SHARED_BLOCK = 1 << 18
+
+
+class SharedIds:
+    """Counts documents whose id an earlier document has, and whose text is not the first one's.
+
+    Takes 16 bytes for each id, and four times that for moments.
+
+    Attributes:
+        documents: number of documents.
+    """
+
+    def __init__(self):
+        self.documents = 0
+        self._found, self._example = 0, ""
+        self._ids, self._texts = np.empty(0, np.uint64), np.empty(0, np.uint64)  # of first ones
+        self._new: list[str] = []
+        self._new_texts = array("Q")
+
+    def add(self, identifier: str, text: str) -> None:
+        """Add the next document."""
+        self.documents += 1
+        self._new.append(identifier)
+        self._new_texts.append(id_hash(text, "shared"))
+        if len(self._new) >= max(SHARED_BLOCK, len(self._ids) // 8):
+            self._look()
+
+    @property
+    def found(self) -> tuple[int, str]:
+        """Their number, and the id of one; an empty one if there is none."""
+        self._look()
+        return self._found, self._example
+
+    def require_few(self) -> None:
+        """Raise a DataError if they are more than a few."""
+        require_few_shared(*self.found, self.documents)
+
+    def _look(self) -> None:
+        """Look through the new documents."""
+        known = len(self._ids)
+        ids_D = np.concatenate([self._ids, id_hashes(self._new, "shared")])
+        texts_D = np.concatenate([self._texts, np.array(self._new_texts, np.uint64)])
+        order = np.argsort(ids_D, kind="stable")
+        is_first = np.diff(ids_D[order], prepend=~ids_D[order[:1]]) != 0
+        starts = np.flatnonzero(is_first)
+        sizes = np.diff(np.append(starts, len(order)))
+        firsts = order[starts]
+        others = order[texts_D[order] != np.repeat(texts_D[firsts], sizes)]
+        if len(others) and not self._found:
+            self._example = self._new[int(others.min()) - known]
+        self._found += len(others)
+        self._ids, self._texts = ids_D[firsts], texts_D[firsts]
+        self._new, self._new_texts = [], array("Q")
+
+
+# The prefixes of a FASTA id whose second field is an accession, of its database alone; of `gi` the
+# fourth is. (Of `lcl` anyone's.)
+DATABASES = frozenset(["sp", "tr", "ref", "gb", "emb", "dbj", "tpg", "prf", "pir"])
 
 
 def aliases(identifier: str) -> list[str]:
@@ -95,5 +151,7 @@ def aliases(identifier: str) -> list[str]:
         return []
     if fields[0] in ("sp", "tr"):
         return [field for field in fields[1:3] if field]
+    if fields[0] == "pdb":  # an entry and its chain; BLAST writes 1ABC_A
+        return ["_".join(fields[1:3])] if all(fields[1:3]) and len(fields) > 2 else []
     place = 3 if fields[0] == "gi" else 1 if fields[0] in DATABASES else len(fields)
     return [field for field in fields[place : place + 1] if field]

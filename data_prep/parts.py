@@ -147,14 +147,16 @@ def _shared_in(paths: Sequence[Path], split: str, low: int, high: int) -> Iterat
     keys_D, parts_D, rows_D = map(np.concatenate, (keys, parts, rows))
     order = np.argsort(keys_D, kind="stable")
     again = np.flatnonzero(np.diff(keys_D[order]) == 0) + 1  # places of `order`
+    tokens: dict[int, pa.ListArray] = {}  # by part; opened once, however many documents it shares
     first = None
     for place in again.tolist():
         before, at = order[place - 1], order[place]
         if first is None or keys_D[first] != keys_D[at]:
             first = before
-        one, other = (
-            _columns(paths[parts_D[i]], split)[1][int(rows_D[i])].values for i in (first, at)
-        )
+        for part in (int(parts_D[first]), int(parts_D[at])):
+            if part not in tokens:
+                tokens[part] = _columns(paths[part], split)[1]
+        one, other = (tokens[int(parts_D[i])][int(rows_D[i])].values for i in (first, at))
         if not one.equals(other):
             yield int(parts_D[at]), int(keys_D[at])
 

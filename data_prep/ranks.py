@@ -18,8 +18,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from data_prep.requests import beside
 from s2t2_dist import artifacts
-from s2t2_dist.errors import ArtifactError, S2T2Error
+from s2t2_dist.errors import ArtifactError, DataError, S2T2Error
 
 BEAT = 5.0
 # Seconds between looks at the other ranks.
@@ -40,7 +41,7 @@ def exclusive(target: Path, rank: int = 0) -> Iterator[None]:
         S2T2Error: another process is this rank.
     """
     artifacts.make_parent(target)
-    path = target.parent / f".{target.name}.lock-{rank}"
+    path = beside(target, f"lock-{rank}")
     lock = None
     while lock is None:
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -79,11 +80,15 @@ class Ranks:
     """One rank among the ranks of a build; a context manager, in which it shows itself.
 
     With one rank it does nothing.
+
+    Args:
+        together: the ranks run at the same time. Otherwise one that failed before this one began
+            may be done with that, and is not looked at.
     """
 
-    def __init__(self, target: Path, rank: int, ranks: int):
-        self.target, self.rank, self.ranks = target, rank, ranks
-        self.folder = target.parent / f".{target.name}.ranks"
+    def __init__(self, target: Path, rank: int, ranks: int, together: bool = True):
+        self.target, self.rank, self.ranks, self.together = target, rank, ranks, together
+        self.folder = beside(target, "ranks")
         self._token = f"process {os.getpid()} on {os.uname().nodename} from {time.time():.3f}"
         self._done = threading.Event()
         self._signs: dict[int, tuple[object, float]] = {}  # of others: mtime, when it was new
@@ -107,7 +112,7 @@ class Ranks:
         elif kind is None:
             self._say("done")
         elif not isinstance(error, OtherRankError):
-            self._say("failed", f"{error or kind.__name__}")
+            self._say("failed", f"{error or kind.__name__}", isinstance(error, DataError))
 
     def require(self, waited_for: Iterable[int]) -> None:
         """Check, at most every LOOK seconds, that the ranks that are waited for may still come.
@@ -123,8 +128,11 @@ class Ranks:
             sign, since, record = self._look(rank, now)
             if record.get("state") != "failed":
                 continue
-            if (sign or 0) >= self._own_start or now - since > BELIEF:
-                raise OtherRankError(f"rank {rank} of {self.ranks} has ended: {record['error']}")
+            if (sign or 0) >= self._own_start or (self.together and now - since > BELIEF):
+                raise OtherRankError(
+                    f"rank {rank} of {self.ranks} has ended: {record['error']}",
+                    record.get("refused", False),
+                )
         silent = [rank for rank in waited_for if now - self._look(rank, now)[1] > SILENCE]
         if silent:
             raise OtherRankError(
@@ -162,13 +170,14 @@ class Ranks:
     def _path(self, rank: int) -> Path:
         return self.folder / f"{rank}.json"
 
-    def _say(self, state: str, error: str = "") -> None:
+    def _say(self, state: str, error: str = "", refused: bool = False) -> None:
         """Write this rank's state, unless a later process is this rank."""
         path = self._path(self.rank)
         with suppress(OSError, ArtifactError):
             if state != "running" and artifacts.read_json(path).get("token") != self._token:
                 return
-            artifacts.write_json(path, {"state": state, "token": self._token, "error": error})
+            said = {"state": state, "token": self._token, "error": error, "refused": refused}
+            artifacts.write_json(path, said)
 
     def _beat(self) -> None:
         while not self._done.wait(BEAT):
@@ -177,7 +186,15 @@ class Ranks:
 
 
 class OtherRankError(S2T2Error):
-    """Another rank has failed or is not there."""
+    """Another rank has failed or is not there.
+
+    Attributes:
+        refused: it has refused the input or the options, so that the command must be corrected.
+    """
+
+    def __init__(self, message: str, refused: bool = False):
+        super().__init__(message)
+        self.refused = refused
 
 
 def _listed(ranks: list[int]) -> str:

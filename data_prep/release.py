@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 from xml.etree import ElementTree
 
+from data_prep.progress import waiting
 from s2t2_dist import artifacts
 from s2t2_dist.errors import ArtifactError, DataError
 
@@ -78,7 +79,7 @@ def _check_file(path: Path, size: int, md5: str) -> dict:
     if found != size:
         raise ArtifactError(f"{path} has {found} bytes, the release says {size}; download it again")
     hashes = hashlib.md5(usedforsecurity=False), hashlib.sha256()
-    with path.open("rb") as f:
+    with waiting(f"Hashing {path}"), path.open("rb") as f:
         while block := f.read(BLOCK_BYTES):
             for each in hashes:
                 each.update(block)

@@ -1,5 +1,6 @@
 """Requests: what a result is made from. A result is never made twice or overwritten."""
 
+import hashlib
 import os
 import shutil
 import time
@@ -79,6 +80,15 @@ def _comparable(value: object) -> object:
     return [{k: v for k, v in entry.items() if k != "release"} for entry in value]
 
 
+def beside(target: Path, ending: str) -> Path:
+    """`.NAME.ENDING` beside a target; of a long NAME the beginning and a hash."""
+    name = target.name
+    if len(os.fsencode(name)) > artifacts.NAME_BYTES:
+        digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+        name = f"{artifacts.beginning(name)}-{digest}"
+    return target.parent / f".{name}.{ending}"
+
+
 def open_partial(target: Path, request: dict, rank: int = 0) -> Path:
     """Create or reopen the folder beside `target` in which any number of processes make it.
 
@@ -87,7 +97,7 @@ def open_partial(target: Path, request: dict, rank: int = 0) -> Path:
     Raises:
         ArtifactError: the folder holds an unfinished result of another request.
     """
-    partial = target.parent / f".{target.name}.partial"
+    partial = beside(target, "partial")
     begin = time.monotonic()
     while True:
         partial.mkdir(parents=True, exist_ok=True)
@@ -114,6 +124,14 @@ def open_partial(target: Path, request: dict, rank: int = 0) -> Path:
     return partial
 
 
+def is_folder_of(partial: Path, request: dict) -> bool:
+    """Whether the folder still is that of a build of this request."""
+    try:
+        return not differences(request, artifacts.read_json(partial / REQUEST))
+    except ArtifactError:
+        return False
+
+
 def mark_failed(partial: Path) -> None:
     """Say that a build has failed in this folder, so that a corrected command may replace it."""
     with suppress(OSError):
@@ -136,7 +154,12 @@ def _stated(partial: Path, request: dict) -> dict:
             _first_only(own, stated)
         finally:
             own.unlink(missing_ok=True)
-    return artifacts.read_json(stated)
+    try:
+        return artifacts.read_json(stated)
+    except ArtifactError:
+        if not stated.exists():
+            raise FileNotFoundError(stated) from None
+        raise
 
 
 def _first_only(own: Path, stated: Path) -> None:

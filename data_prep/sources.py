@@ -73,7 +73,7 @@ def read_chunks(
         line = 1
         with open_file(path) as raw:
             if kind == "parquet":
-                kind, blocks = "jsonl", parquet_lines(path, raw, columns)
+                kind, blocks = "jsonl", parquet_lines(path, raw, columns, LONGEST_DOCUMENT)
             else:
                 blocks = decoded(path, raw, min(size, READ_BYTES))
             for data in _cut(path, kind, blocks, size):

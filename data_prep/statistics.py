@@ -1,5 +1,6 @@
 """How a tokenizer segments a corpus: compression, token counts, longest tokens; a size sweep."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from data_prep.tokenizer import (
     read_sample,
     view_tokenizer,
 )
+from data_prep.totals import print_note
 from data_prep.trainers import (
     Algorithm,
     Kind,
@@ -24,6 +26,7 @@ from data_prep.trainers import (
     special_tokens,
     train,
 )
+from s2t2_dist.errors import DataError
 
 SWEEP_LARGEST = 8192
 # A sweep measures on every fifth sampled document and trains on the others.
@@ -87,9 +90,16 @@ def statistics_of(
         DataError: bad input or tokenizer, or a document that the tokenizer cannot spell.
     """
     tokenizer = load_tokenizer(directory)
-    documents = read_sample(inputs, sample, read)
+    documents = _told_sample(inputs, sample, read)
     with waiting("Encoding the sample"):
         return token_statistics(tokenizer, documents)
+
+
+def _told_sample(inputs: Sequence[Path], characters: int, read: ReadOptions) -> list[Document]:
+    """The documents of `read_sample`; says on stderr what was left out."""
+    sample = read_sample(inputs, characters, read)
+    print_note(sample.reading)
+    return sample.documents
 
 
 def sweep(
@@ -107,7 +117,7 @@ def sweep(
 
     Args:
         sizes: vocabulary sizes, special tokens included; none: powers of 2 that the alphabet
-            allows, to SWEEP_LARGEST.
+            allows, to SWEEP_LARGEST, as far as the data yield so many.
         sample: characters of the hash sample.
         each: is given every size with its statistics as soon as they are there.
 
@@ -119,10 +129,11 @@ def sweep(
     """
     protein = is_protein(inputs)
     smallest = smallest_vocabulary(protein)
-    sizes = sizes or [1 << bit for bit in range(smallest.bit_length(), SWEEP_LARGEST.bit_length())]
+    powers = [1 << bit for bit in range(smallest.bit_length(), SWEEP_LARGEST.bit_length())]
+    chosen, sizes = sizes, sizes or powers
     for size in sizes:
         require_vocabulary(size, protein)
-    documents = read_sample(inputs, sample, read)
+    documents = _told_sample(inputs, sample, read)
     measured, trained = documents[::HOLD_OUT_EVERY], documents
     if len(documents) >= HOLD_OUT_EVERY:
         trained = [d for i, d in enumerate(documents) if i % HOLD_OUT_EVERY]
@@ -130,7 +141,13 @@ def sweep(
     found = {}
     for size in sizes:
         with waiting(f"Training {size} tokens"):
-            backend = train(texts, size, protein, kind, algorithm)
+            try:
+                backend = train(texts, size, protein, kind, algorithm)
+            except DataError as error:
+                if chosen or not found:
+                    raise
+                logging.getLogger(__name__).warning("no size from %d on: %s", size, error)
+                break
             loaded = view_tokenizer(backend, special_tokens(protein))
             found[size] = token_statistics(loaded, measured)
         if each:

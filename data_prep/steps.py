@@ -18,12 +18,13 @@ from data_prep.packing import KEY_BITS, SplitPlan
 from data_prep.parts import Documents, part_path, write_part
 from data_prep.progress import OpenFile, reading_progress
 from data_prep.readers import id_hashes, parse_chunk
+from data_prep.requests import beside, is_folder_of
 from data_prep.sources import Chunk, open_binary, read_chunks
 from data_prep.tokenizer import LoadedTokenizer, load_tokenizer
-from data_prep.totals import Totals, check_totals, nucleotides, read_totals
+from data_prep.totals import Totals, check_totals, nucleotides, read_totals, reading_record
 from s2t2_dist import artifacts
 from s2t2_dist.data.shards import SPLITS, TOKEN_BYTES, TOKENIZER_DIR, shard_schema
-from s2t2_dist.errors import S2T2Error
+from s2t2_dist.errors import DataError, S2T2Error
 
 # Files copied from the tokenizer's folder, which may be a model folder with weights.
 TOKENIZER_FILES = (
@@ -44,7 +45,6 @@ class Steps:
         request: everything that decides the result; the manifest and every shard record it.
         partial: the shared folder.
         rank: part of the names of temporary files, so that machines do not share one.
-        inode: of the shared folder; another one in its place is not this build's.
     """
 
     tokenizer_dir: Path
@@ -53,7 +53,6 @@ class Steps:
     inputs: tuple[Path, ...]
     partial: Path
     rank: int
-    inode: int
 
     @cached_property
     def tokenizer(self) -> LoadedTokenizer:
@@ -109,7 +108,10 @@ class Steps:
         for number, split in enumerate(SPLITS):
             chosen = np.flatnonzero((validation == number) & ~dropped)
             chosen = chosen[np.argsort(keys[chosen], kind="stable")]
-            encoded = self.encoder.encode([documents[i] for i in chosen.tolist()])
+            try:
+                encoded = self.encoder.encode([documents[i] for i in chosen.tolist()])
+            except DataError as error:
+                raise DataError(f"{chunk.path}: {error}") from None
             splits.append(Documents(keys[chosen], encoded.lengths_D, encoded.tokens_N))
             byte_counts = encoded.byte_counts.tolist()
             counts[split] = {"documents": len(chosen), "byte_counts": byte_counts}
@@ -231,9 +233,8 @@ class Steps:
         files |= artifacts.describe_files(self.partial, others)
         record = {
             **self.request,
-            "reading": self.totals.read.record(),
+            **reading_record(self.totals.read, self.totals.shared),
             "dropped": self._dropped_record(),
-            "shared_ids": dict(zip(("documents", "example"), self.totals.shared, strict=True)),
             "splits": splits,
             **nucleotides(self.totals),
         }
@@ -256,7 +257,7 @@ class Steps:
             elif path.name not in {*listed, artifacts.MANIFEST, artifacts.COMPLETE}:
                 path.unlink(missing_ok=True)
         artifacts.publish(self.partial, target)
-        shutil.rmtree(target.parent / f".{target.name}.ranks", ignore_errors=True)
+        shutil.rmtree(beside(target, "ranks"), ignore_errors=True)
 
     def remove_temporaries(self) -> None:
         """Remove leftovers of killed processes; safe only if no other rank runs."""
@@ -269,7 +270,7 @@ class Steps:
 
     def _require_folder(self) -> None:
         """Raise an S2T2Error if another build has taken the shared folder over."""
-        if not (self.partial.exists() and self.partial.stat().st_ino == self.inode):
+        if not is_folder_of(self.partial, self.request):
             raise S2T2Error(
                 f"{self.partial} was removed or replaced by another build while this one ran; run "
                 "this command again when that has ended"

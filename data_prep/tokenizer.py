@@ -7,12 +7,13 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from data_prep.formats import detect_format
-from data_prep.ids import require_few_shared
+from data_prep.ids import SharedIds
 from data_prep.progress import reading_progress, waiting
 from data_prep.ranks import exclusive
 from data_prep.readers import (
@@ -24,7 +25,7 @@ from data_prep.readers import (
     read_documents,
 )
 from data_prep.requests import already_made, describe_sources
-from data_prep.totals import nucleotide_share
+from data_prep.totals import nucleotide_share, reading_record
 from data_prep.trainers import Algorithm, Kind, special_tokens, train
 from s2t2_dist import artifacts
 from s2t2_dist.data.shards import TOKENIZER_JSON, tokenizer_sha256
@@ -82,9 +83,8 @@ def train_tokenizer(
 def _train(inputs: Sequence[Path], target: Path, request: dict, read: ReadOptions) -> None:
     """Train the tokenizer of a request and publish it."""
     protein = is_protein(inputs)
-    counts = ReadCounts()
-    documents = read_sample(inputs, request["sample_characters"], read, counts)
-    texts = [document.text for document in documents]
+    sample = read_sample(inputs, request["sample_characters"], read)
+    texts = [document.text for document in sample.documents]
     with waiting(f"Training on {sum(map(len, texts)):,} characters"):
         tokenizer = train(
             texts, request["vocab_size"], protein, request["trainer"], request["algorithm"]
@@ -92,8 +92,7 @@ def _train(inputs: Sequence[Path], target: Path, request: dict, read: ReadOption
     _check_round_trip(tokenizer, texts)
     record = {
         **request,
-        "reading": counts.record(),
-        "shared_ids": dict(zip(("documents", "example"), _shared_ids(documents), strict=True)),
+        **sample.reading,
         "trained_on": {"documents": len(texts), "characters": sum(map(len, texts))},
     }
     if protein:
@@ -103,18 +102,33 @@ def _train(inputs: Sequence[Path], target: Path, request: dict, read: ReadOption
         save_tokenizer(tokenizer, special_tokens(protein), directory)
 
 
-def sample_documents(documents: Iterable[Document], characters: int) -> list[Document]:
+class Sample(NamedTuple):
+    """A sample of documents, and what a manifest says of all that were read for it."""
+
+    documents: list[Document]
+    reading: dict
+
+
+def sample_documents(
+    documents: Iterable[Document], characters: int, shared: SharedIds | None = None
+) -> list[Document]:
     """The documents whose ids hash lowest, up to so many characters in all, in hash order.
 
-    One pass; memory holds only the sample. The result does not depend on the order of the
-    documents (UniRef is sorted by length). It has at least one document, if there is any.
+    One pass; memory holds only the sample, and 16 bytes for each id. The result does not
+    depend on the order of the documents (UniRef is sorted by length). It has at least one
+    document, if there is any.
+
+    Args:
+        shared: counts the shared ids of all documents.
 
     Raises:
-        DataError: many of them share their id.
+        DataError: many documents, of the sample or not, share their id.
     """
+    shared = SharedIds() if shared is None else shared
     heap: list[tuple[int, Document]] = []
     total, limit = 0, 1 << 64
     for document in documents:
+        shared.add(*document)
         key = id_hash(document.id, "sample")
         if key >= limit:
             continue
@@ -124,18 +138,16 @@ def sample_documents(documents: Iterable[Document], characters: int) -> list[Doc
             dropped, last = heapq.heappop(heap)
             limit = -dropped
             total -= len(last.text)
-    sampled = [document for _, document in sorted(heap, reverse=True)]
-    require_few_shared(*_shared_ids(sampled), len(sampled))
-    return sampled
+    shared.require_few()
+    return [document for _, document in sorted(heap, reverse=True)]
 
 
-def read_sample(
-    inputs: Sequence[Path], characters: int, read: ReadOptions, counts: ReadCounts | None = None
-) -> list[Document]:
+def read_sample(inputs: Sequence[Path], characters: int, read: ReadOptions) -> Sample:
     """`sample_documents` of files; of a first document that is longer only so many characters."""
+    counts, shared = ReadCounts(), SharedIds()
     with reading_progress("Sampling") as open_file:
         documents = read_documents(inputs, read, counts, open_file)
-        sampled = sample_documents(documents, characters)
+        sampled = sample_documents(documents, characters, shared)
     if len(sampled) == 1 and len(sampled[0].text) > characters:
         name, text = sampled[0]
         logging.getLogger(__name__).warning(
@@ -143,14 +155,7 @@ def read_sample(
             name, f"{len(text):,}", f"{characters:,}",
         )  # fmt: skip
         sampled = [Document(name, text[:characters])]
-    return sampled
-
-
-def _shared_ids(documents: Sequence[Document]) -> tuple[int, str]:
-    """Documents whose id an earlier one with another text has: their number, and such an id."""
-    first: dict[str, str] = {}
-    shared = [id for id, text in documents if first.setdefault(id, text) != text]
-    return len(shared), shared[0] if shared else ""
+    return Sample(sampled, reading_record(counts, shared.found))
 
 
 def save_tokenizer(tokenizer: Tokenizer, special: dict[str, str], directory: Path) -> None:

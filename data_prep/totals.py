@@ -1,5 +1,6 @@
 """What all parts of a build hold together: counts, the checks of them, and the summary line."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -114,6 +115,18 @@ def nucleotide_share(byte_counts: np.ndarray) -> dict:
     """The same from how often each letter occurs, (256,) int64."""
     share = byte_counts[list(NUCLEOTIDES)].sum() / max(int(byte_counts.sum()), 1)
     return {"nucleotide_share": round(float(share), 4)} if share > MANY else {}
+
+
+def reading_record(read: ReadCounts, shared: tuple[int, str]) -> dict:
+    """What a manifest says of what was read; `shared` as in `Totals`."""
+    keys = ("documents", "example")
+    return {"reading": read.record(), "shared_ids": dict(zip(keys, shared, strict=True))}
+
+
+def print_note(manifest: dict) -> None:
+    """Print the `summary` on stderr, if there is one."""
+    if note := summary(manifest):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def summary(manifest: dict) -> str:

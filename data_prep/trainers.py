@@ -30,10 +30,10 @@ MIN_FREQUENCY = 2
 LARGEST_VOCABULARY = 1 << 20
 # Characters. SentencePiece's BPE stores positions in a word in 16 bits.
 LONGEST_WORD = 60_000
-# Characters. A longer word is cut for `tokenizers`, whose merges take time that grows with the
-# square of a word.
+# Characters. A longer word or run of blanks is cut for `tokenizers`, whose merges take time that
+# grows with its square.
 WORD_PIECE = 1024
-LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
+LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD + 1},}}|\s{{{LONGEST_WORD + 1},}}")
 
 PROTEIN_SPECIAL = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
 TEXT_SPECIAL = {"eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}

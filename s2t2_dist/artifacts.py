@@ -53,16 +53,14 @@ def fsync_path(path: Path) -> None:
         os.close(fd)
 
 
-def _beginning(name: str) -> str:
+def beginning(name: str) -> str:
     """As much of a file's name as the name of a temporary one can repeat."""
     return os.fsdecode(os.fsencode(name)[:NAME_BYTES])
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file atomically: a reader sees the old text or the new one, never a part."""
-    temporary = path.with_name(
-        f".{_beginning(path.name)}.tmp-{os.getpid()}-{threading.get_ident()}"
-    )
+    temporary = path.with_name(f".{beginning(path.name)}.tmp-{os.getpid()}-{threading.get_ident()}")
     try:
         with temporary.open("w", encoding="utf-8") as f:
             f.write(text)
@@ -131,7 +129,8 @@ def _let_umask_decide(path: Path) -> None:
     umask = int(re.search(r"^Umask:\s*(\d+)", status, re.MULTILINE)[1], 8)
     wanted = NEW_FILE & ~umask
     if not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) != wanted:
-        path.chmod(wanted)
+        with suppress(PermissionError):  # of file systems without permissions, as vfat or SMB
+            path.chmod(wanted)
 
 
 def seal(directory: Path, record: dict, files: dict[str, dict] | None = None) -> None:
@@ -238,7 +237,7 @@ def scratch_directory(target: Path, kind: str = "tmp") -> Iterator[Path]:
     Those that killed processes left beside the same target are removed first: nobody holds their
     lock.
     """
-    prefix = f".{_beginning(target.name)}.{kind}-"
+    prefix = f".{beginning(target.name)}.{kind}-"
     for left in target.parent.glob(f"{glob.escape(prefix)}*"):
         with suppress(OSError):  # in use, or on a disk without locks
             held = _lock(left)

@@ -139,7 +139,7 @@ def test_letter_that_the_tokenizer_lacks(tmp_path, tokenizer, s2t2):
     source = tmp_path / "x.jsonl"
     source.write_text('{"text": "ACDEF"}\n{"id": "bad", "text": "ACdEF"}\n')
     done = s2t2("data", "build", source, "--tokenizer", tokenizer, "--out", tmp_path / "d")
-    assert_user_error(done, "document bad: the tokenizer's alphabet has no 'd'")
+    assert_user_error(done, "x.jsonl: document bad: the tokenizer's alphabet has no 'd'")
     assert list(tmp_path.iterdir()) == [source]
 
 

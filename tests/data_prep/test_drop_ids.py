@@ -5,11 +5,14 @@ import gzip
 import json
 import lzma
 import random
+import tracemalloc
 
 import pytest
 import zstandard
 
+from data_prep import drop_ids
 from data_prep.build import BuildOptions, Jobs, build_shards
+from data_prep.ids import id_hashes
 from data_prep.readers import RESIDUES
 from data_prep.tokenizer import train_tokenizer
 from s2t2_dist import artifacts
@@ -48,7 +51,7 @@ def build(made, target, content, source="plain.fasta", name="list", jobs=Jobs())
     path = target.parent / name
     path.write_bytes(content)
     options = BuildOptions(32, 0.1, drop_ids=path)
-    tokenizer = made / ("text" if source.endswith("jsonl") else "t")
+    tokenizer = made / ("text" if str(source).endswith("jsonl") else "t")
     assert build_shards([made / source], tokenizer, target, options, jobs)
     return artifacts.read_manifest(target)["dropped"]
 
@@ -113,6 +116,78 @@ def test_what_data_ids_prints_is_read_back(tmp_path, made, source, capsys):
     assert 0 < count < COUNT
     dropped = build(made, tmp_path / "d", printed.encode(), source)
     assert dropped["documents"] == dropped["ids_found"] == dropped["ids_listed"] == count
+
+
+def test_ids_are_counted_not_lines(tmp_path, made):
+    """Three targets on many lines of hits, and two that no document has, one of them twice."""
+    hits = "".join(f"{IDS[i % 3]}\tq{i}\t0.{i}\n" for i in range(30)) + "X\t1\nX\t2\nY\t1\n"
+    for end in ("", "sp|P00000|A\n"):  # by its whole id and by an accession: two ids listed
+        dropped = build(made, tmp_path / f"d{len(end)}", (hits + end).encode())
+        more = bool(end)
+        assert (dropped["ids_found"], dropped["ids_listed"]) == (3 + more, 5 + more)
+        assert dropped["documents"] == 3
+    commas = "".join(f"{IDS[i % 3]},q{i},0.{i}\n" for i in range(30)) + "id,score\n"
+    dropped = build(made, tmp_path / "e", commas.encode())
+    assert (dropped["ids_found"], dropped["ids_listed"]) == (3, 4)
+
+
+def test_a_chain_is_not_its_entry(tmp_path, made):
+    """`pdb|ENTRY|CHAIN`: other chains of the entry stay; BLAST writes ENTRY_CHAIN."""
+    ids = [f"pdb|{i:04}|{chain}" for i in range(60) for chain in "ABC"]
+    write_fasta(tmp_path / "x.fasta", proteins(ids))
+    for number, line in enumerate(["pdb|0003|A", "0003_A", "0003_A\t0.9"]):
+        content = f"{line}\n".encode()
+        dropped = build(made, tmp_path / f"d{number}", content, tmp_path / "x.fasta")
+        assert dropped["documents"] == dropped["ids_found"] == 1
+    with pytest.raises(DataError, match="none of the 1 ids"):
+        build(made, tmp_path / "d", b"0003\n", tmp_path / "x.fasta")
+
+
+def test_a_line_without_an_id_names_nothing(tmp_path, made):
+    assert build(made, tmp_path / "d", PLAIN + b">\n")["ids_listed"] == len(DROPPED) + 1
+    with pytest.raises(DataError, match=r"none of the 1 ids listed in .*the first is '>'"):
+        build(made, tmp_path / "e", b">\n")
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+def test_lists_in_blocks(tmp_path, monkeypatch, block):
+    monkeypatch.setattr("data_prep.formats.READ_BYTES", block)
+    monkeypatch.setattr("data_prep.drop_ids.LINES_AT_ONCE", block)
+    text = "a b\r\n\n  ü\u2028c\n\x0cd\re"
+    (tmp_path / "list").write_bytes(text.encode())
+    held = drop_ids.DropList(tmp_path / "list")
+    names = ["a b", "a", "ü", "c", "d", "e", "f"]
+    named, readings = held.match(names, id_hashes(names, "split"))
+    assert named.tolist() == [True] * 6 + [False]
+    assert {code // drop_ids.READINGS for code in readings} == {0, 1, 2, 3, 4}
+    (tmp_path / "list").write_bytes(text.encode() + b"\nf\n\xff\n")
+    with pytest.raises(DataError, match="list line 6: not UTF-8"):
+        list(drop_ids._lines(tmp_path / "list"))
+
+
+@pytest.mark.slow
+def test_a_long_list_takes_little_memory(tmp_path):
+    """Hashes, 25 bytes for a line; whole lines took 300."""
+    count = 50_000
+    with (tmp_path / "list").open("w") as file:
+        file.writelines(f"UniRef50_A0{i}\tquery{i}\t0.351\t120\t3e-20\t{i}\n" for i in range(count))
+    tracemalloc.start()
+    held = drop_ids.DropList(tmp_path / "list")
+    held.match(["a"], id_hashes(["a"], "split"))
+    taken, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken < 60 * count
+    assert peak < 160 * count + 10e6  # and a block of the file, with its lines
+
+
+def test_a_folder_of_lists_is_refused(tmp_path, made, capsys):
+    (tmp_path / "lists").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "lists" / name).write_bytes(PLAIN)
+    command = ["data", "build", made / "plain.fasta", "--tokenizer", made / "t", "--out"]
+    command += [tmp_path / "d", "--drop-ids", tmp_path / "lists"]
+    assert run(list(map(str, command))) == 2
+    assert "lists is not a file; give a file with one id per line" in capsys.readouterr().err
 
 
 def test_what_was_found_is_said(tmp_path, made, capsys):

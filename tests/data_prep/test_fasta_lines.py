@@ -1,8 +1,11 @@
 """Lines of a FASTA that are no sequence: refused or left out, never read as residues."""
 
+import time
+
 import pytest
 
-from data_prep.readers import ReadCounts, ReadOptions, read_documents
+from data_prep.readers import ReadCounts, ReadOptions, parse_chunk, read_documents
+from data_prep.sources import Chunk
 from s2t2_dist.errors import DataError
 
 
@@ -98,6 +101,26 @@ def test_a_byte_order_mark_in_the_middle_is_no_residue(tmp_path):
     documents, counts = read(tmp_path, b"".join(parts))
     assert documents == [("a", "MKV"), ("b", "MRR"), ("c", "AC")]
     assert counts.summary() == ""
+    parts[1:1] = [bom + b";tool #c\n", bom + bom + b"# x\n"]
+    documents, counts = read(tmp_path, b"".join(parts))
+    assert documents == [("a", "MKV"), ("b", "MRR"), ("c", "AC")]
+    assert (counts.comments, counts.illegal.total()) == (2, 0)
+
+
+def test_many_comments_before_the_first_record_take_no_time(tmp_path):
+    content = b" \n" + b"#\n\n" * 20_000 + b">a\n" + b"ACDEFGHIKL\n" * 500_000
+    begin = time.process_time()
+    chunk = Chunk(0, tmp_path / "x.fasta", "fasta", 1, content)
+    documents, counts = parse_chunk(chunk, ReadOptions())
+    assert time.process_time() - begin < 5  # it took minutes; 0.1 s on a calm machine
+    assert counts.comments == 20_000 and len(documents[0].text) == 5_000_000
+
+
+@pytest.mark.parametrize("content", [b"# only", b"# a\n;b", b" \n# a\n", b""])
+def test_comments_without_a_record(tmp_path, content):
+    chunk = Chunk(0, tmp_path / "x.fasta", "fasta", 1, content)
+    documents, counts = parse_chunk(chunk, ReadOptions())
+    assert not documents and counts.comments == content.count(b"#") + content.count(b";")
 
 
 def test_lower_case_of_what_is_left_out_does_not_count(tmp_path):

@@ -1,37 +1,20 @@
-"""A file is what it begins with, not what it is called; pipes and folders are read too."""
+"""A file is what it begins with, not what it is called."""
 
 import bz2
 import gzip
 import io
-import json
 import lzma
-import os
-import random
-import shutil
-import subprocess
-import sys
 import tarfile
-import threading
 import zipfile
-from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data_prep.build import BuildOptions, build_shards
 from data_prep.formats import detect_format
-from data_prep.inputs import gathered
-from data_prep.readers import RESIDUES, ReadCounts, ReadOptions, read_documents
+from data_prep.readers import ReadCounts, ReadOptions, read_documents
 from data_prep.sources import read_chunks
-from data_prep.tokenizer import train_tokenizer
-from s2t2_dist import artifacts
-from s2t2_dist.cli import run
 from s2t2_dist.errors import DataError
-from tests.conftest import write_fasta
 
-ROOT = Path(__file__).parents[2]
 FASTA = b">a one\nMKVLAAGIV\nMRR\n>b\nACDEF\n"
 JSON = b'{"id": "a", "text": "one\\u00e9"}\n{"id": "b", "text": "two"}\n'
 TEXT = "one\ntwo\n\nthr\u00e9e\n".encode()
@@ -151,10 +134,38 @@ def test_damaged_utf16(tmp_path):
         b"{ not json\n\nnext",
         b"[1, 2]\n",
         b"#!/bin/sh\n>a\nmkdir x\n",
+        b">hello\nworld\n",
+        b">quoted\nthanks\n\nbody text here\n",
+        b">one\nYes\n>two\nNo\n\nAnd so on\n",
+        b">link\nhttps://example.com/a-long-address/of-something\n",
     ],
 )
-def test_text_that_looks_like_another_format_stays_text(tmp_path, content):
-    assert detect_format(write(tmp_path / "x.txt", content)) == "text"
+def test_text_that_looks_like_another_format_stays_text(tmp_path, content, caplog):
+    path = write(tmp_path / "x.txt", content)
+    assert detect_format(path) == "text"
+    told = "begins with '>' and is read as text" in caplog.text
+    assert told == content.lstrip(b"#!/bin/sh\n").startswith(b">")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b">a\nMKTaaLLsvMKLV\n>b\nMKTLLmmm\n",  # soft-masked
+        b">a\n" + b"mktaallsv" * 6 + b"\nac\n",
+        b">P1;X\nsome title\nMKTLL*\n>P1;Y\na second title\nMKV\n*\n",
+        b"> a\nMKTLL\n> b\nACDEFG\n",
+        b">a\nMKTLLMKTLL ACDEFGHIKL\nACD\n>b\nACDEFG\n",
+        b">a\n  1 mktllmktll acdefghikl acdefghikl 30\n" * 2,
+        b">a\rMKTLL\r>b\rACDEFG\r",
+        b"# c\r>a\rMKTLL\r",
+        b">a\r\nMKTLL\r\n",
+        b">a\nM\n>b\n\n>c\nMK1-\n",  # short, empty, dirty
+        b"".join(b">%d\nMKVLAAGIV\n" % i for i in range(20)) + b">x\nSequence unavailable\n",
+    ],
+)
+def test_a_fasta_named_txt_is_a_fasta(tmp_path, content, caplog):
+    assert detect_format(write(tmp_path / "x.txt", content)) == "fasta"
+    assert caplog.text == ""
 
 
 def archive(kind):
@@ -185,153 +196,3 @@ def archive(kind):
 def test_what_cannot_be_read_is_told_as_it_is(tmp_path, name, content, message):
     with pytest.raises(DataError, match=message):
         texts(write(tmp_path / name, content))
-
-
-TABLE = {"id": ["a", None, "c"], "text": ["one", "tw\u00f6", ""], "n": [1, 2, 3]}
-
-
-def parquet(path, table=TABLE, **options):
-    pq.write_table(pa.table(table), path, **options)
-    return path
-
-
-@pytest.mark.parametrize("name", ["x.parquet", "x", "x.txt"])
-@pytest.mark.parametrize("codec", ["snappy", "zstd", "none"])
-def test_parquet(tmp_path, name, codec):
-    path = parquet(tmp_path / name, compression=codec)
-    counts = ReadCounts()
-    documents = list(read_documents([path], counts=counts))
-    assert [document.text for document in documents] == ["one", "tw\u00f6"]
-    assert (documents[0].id, len(documents[1].id), counts.empty) == ("a", 64, 1)
-    with pytest.raises(DataError, match="line 3: the field 'text' is empty"):
-        texts(path, strict=True)
-
-
-def test_parquet_of_many_rows_and_chunks(tmp_path):
-    rows = [f"text {i} \u00e9" for i in range(3000)]
-    table = {"number": list(range(3000)), "code": pa.array(rows).dictionary_encode()}
-    path = parquet(tmp_path / "x.parquet", table, row_group_size=700)
-    read = ReadOptions(field="code", id_field="number")
-    for size in (100, 5000, None):
-        documents = list(read_documents([path], read, chunk_size=size))
-        assert documents == [(str(i), row) for i, row in enumerate(rows)]
-
-
-def test_parquet_mistakes(tmp_path):
-    path = parquet(tmp_path / "x.parquet")
-    with pytest.raises(DataError, match=r"has the columns 'id', 'text', 'n', not 'code'.*--field"):
-        texts(path, field="code")
-    with pytest.raises(DataError, match=r"line 1: .*found the number 1 in that field"):
-        texts(path, field="n")
-    with pytest.raises(DataError, match="no text in its columns"):
-        texts(parquet(tmp_path / "y.parquet", {"text": [b"\xff"]}))
-    with pytest.raises(DataError, match="truncated or damaged Parquet"):
-        texts(write(tmp_path / "z.parquet", path.read_bytes()[:-5]))
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    rng = random.Random(0)
-    records = {f"p{i}": "".join(rng.choices(RESIDUES, k=60)) for i in range(300)}
-    write_fasta(folder / "p.fasta", records)
-    train_tokenizer([folder / "p.fasta"], folder / "t", 60)
-    return folder
-
-
-def command(made, target, *inputs):
-    build = ["data", "build", *inputs, "--tokenizer", made / "t", "--context", 32]
-    return list(map(str, [*build, "--validation-fraction", 0.1, "--out", target]))
-
-
-def shell(line, folder):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    start = f"{sys.executable} -m s2t2_dist.cli "
-    return subprocess.run(
-        ["bash", "-c", line.replace("s2t2 ", start)],
-        capture_output=True, text=True, cwd=folder, env=environment, timeout=120,
-    )  # fmt: skip
-
-
-@pytest.mark.slow
-def test_pipes_are_read(tmp_path, made):
-    """Standard input and a substitution give the rows that the file gives."""
-    line = " ".join(command(made, "NAME", "INPUT"))
-    for name, text in (
-        ("file", f"s2t2 {line.replace('INPUT', str(made / 'p.fasta'))}"),
-        ("stdin", f"gzip < {made / 'p.fasta'} | s2t2 {line.replace('INPUT', '-')}"),
-        ("pipe", f"s2t2 {line.replace('INPUT', '<(cat ' + str(made / 'p.fasta') + ')')}"),
-    ):
-        done = shell(text.replace("NAME", name), tmp_path)
-        assert done.returncode == 0, done.stderr
-    names = [
-        artifacts.read_manifest(tmp_path / name)["sources"][0]["name"]
-        for name in ("file", "stdin", "pipe")
-    ]
-    assert names == ["p.fasta", "stdin", "pipe"]
-    splits = [
-        artifacts.read_manifest(tmp_path / name)["splits"]["train"]["byte_counts"]
-        for name in ("file", "stdin", "pipe")
-    ]
-    assert splits[0] == splits[1] == splits[2]
-
-
-@pytest.mark.parametrize("kind", CONTENTS)
-def test_a_named_pipe_is_what_it_holds(tmp_path, kind):
-    content, expected, _ = CONTENTS[kind]
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    writer = threading.Thread(target=lambda: pipe.write_bytes(content))
-    writer.start()
-    with gathered([pipe]) as files:
-        writer.join()
-        assert texts(files[0]) == expected
-        kept = files[0]
-    assert not kept.exists()
-    message = "is a pipe, which only one of 2 ranks could read"
-    with pytest.raises(DataError, match=message), gathered([pipe], 2):
-        pass
-
-
-def test_folders_are_walked(tmp_path, caplog):
-    for name, content in (
-        ("in/b.fasta", b">b\nAC\n"),
-        ("in/deep/a.fa.gz", gzip.compress(b">a\nDE\n")),
-        ("in/c.txt", b">c\nFG\n"),
-        ("in/README.md", b"read me"),
-        ("in/release.json", b'{"version": "1"}'),
-        ("in/.hidden.fasta", b">h\nKL\n"),
-    ):
-        write(tmp_path / name, content)
-    with gathered([tmp_path / "in"]) as files:
-        assert [d.id for d in read_documents(files)] == ["b", "c", "a"]
-    assert "3 files are read, 2 are passed over (README.md, release.json)" in caplog.text
-    (tmp_path / "empty").mkdir()
-    empty = tmp_path / "empty"
-    with pytest.raises(DataError, match=r"empty holds no file named \.fasta"), gathered([empty]):
-        pass
-
-
-def test_a_folder_is_built_from(tmp_path, made):
-    shutil.copyfile(made / "p.fasta", write(tmp_path / "in/x", b"").with_name("p.fasta"))
-    assert run(command(made, tmp_path / "d", tmp_path / "in")) == 0
-    assert artifacts.read_manifest(tmp_path / "d")["sources"][0]["name"] == "p.fasta"
-
-
-@pytest.mark.parametrize(("letters", "said"), [("ACGT", True), ("ACGU", True), (RESIDUES, False)])
-def test_dna_and_rna_given_as_protein_are_told(tmp_path, made, capsys, letters, said):
-    rng = random.Random(0)
-    records = {f"p{i}": "".join(rng.choices(letters, k=60)) for i in range(300)}
-    source = write_fasta(tmp_path / "x.fasta", records)
-    train = ["tokenizer", "train", source, "--vocab-size", 40, "--out", tmp_path / "t"]
-    for arguments in (command(made, tmp_path / "d", source), list(map(str, train))):
-        assert run(arguments) == 0
-        assert ("is this DNA or RNA?" in capsys.readouterr().err) == said
-
-
-def test_text_of_few_letters_is_no_dna(tmp_path):
-    rows = "".join(json.dumps({"text": "ACGT" * 20 + str(i)}) + "\n" for i in range(200))
-    source = write(tmp_path / "x.jsonl", rows.encode())
-    train_tokenizer([source], tmp_path / "t", 262)
-    build_shards([source], tmp_path / "t", tmp_path / "d", BuildOptions(32, 0.1))
-    assert "nucleotide_share" not in artifacts.read_manifest(tmp_path / "d")

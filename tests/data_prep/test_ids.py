@@ -6,9 +6,11 @@ import random
 import pytest
 
 from data_prep.build import BuildOptions, build_shards
-from data_prep.ids import FEW_SHARED, id_hash, require_few_shared, text_id
+from data_prep.ids import FEW_SHARED, SharedIds, id_hash, require_few_shared, text_id
+from data_prep.listing import split_ids
 from data_prep.parts import Documents, find_shared, write_part
 from data_prep.readers import RESIDUES, ReadOptions, read_documents
+from data_prep.statistics import statistics_of, sweep
 from data_prep.tokenizer import sample_documents, train_tokenizer
 from s2t2_dist import artifacts
 from s2t2_dist.cli import run
@@ -112,6 +114,8 @@ def test_shared_ids_are_refused_everywhere(tmp_path, made, write):
         train_tokenizer([path], tmp_path / "t", 60 if path.suffix == ".fasta" else 270)
     with pytest.raises(DataError, match=message):
         sample_documents(read_documents([path]), 4000)
+    with pytest.raises(DataError, match=message):
+        list(split_ids([path], "train", 0.1, ReadOptions()))
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
     # By the hash of the text it goes: the share that was asked for, and all documents.
     assert build_shards([path], tokenizer, tmp_path / "d", BuildOptions(32, 0.1, read=HASH))
@@ -178,6 +182,85 @@ def test_shared_keys_in_parts(tmp_path, monkeypatch, window):
     assert (found.count, found.part is not None) == (expected, True)
     assert find_shared(paths, 2).count == 3
     assert find_shared(paths[:0], 2).count == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("block", [1, 3, 1 << 18])
+def test_shared_ids_against_a_plain_count(monkeypatch, seed, block):
+    monkeypatch.setattr("data_prep.ids.SHARED_BLOCK", block)
+    rng, first, expected, shared = random.Random(seed), {}, [], SharedIds()
+    assert shared.found == (0, "")
+    for _ in range(200):
+        name, text = f"d{rng.randrange(60)}", f"text {rng.randrange(2)}"
+        shared.add(name, text)
+        if first.setdefault(name, text) != text:
+            expected.append(name)
+        if rng.random() < 0.1:
+            assert shared.found == (len(expected), expected[0] if expected else "")
+    assert shared.documents == 200 and shared.found[0] > 20
+
+
+def test_shared_ids_count_documents_not_texts(tmp_path, made):
+    """200 documents under one id have two texts: 100 of them are another document."""
+    words = texts(2)
+    rows = [{"id": i, "text": text} for i, text in enumerate(texts())]
+    rows += [{"id": "x", "text": words[i % 2]} for i in range(200)]
+    path = write_rows(tmp_path / "x.jsonl", rows)
+    message = "at least (11|100) of 400 documents have the id of another one, such as 'x'"
+    with pytest.raises(DataError, match=message):
+        list(split_ids([path], "train", 0.1, ReadOptions()))
+    with pytest.raises(DataError, match=message):
+        build_shards([path], made / "t", tmp_path / "d", BuildOptions(32, 0.1))
+
+
+def test_shared_ids_outside_the_sample_are_refused(tmp_path, made):
+    """The one id hashes high, so that no document that has it is sampled."""
+    name = max((f"id{i}" for i in range(1000)), key=lambda each: id_hash(each, "sample"))
+    rows = [{"id": i, "text": text} for i, text in enumerate(texts())]
+    rows += [{"id": name, "text": text} for text in texts(200, 1)]
+    path = write_rows(tmp_path / "x.jsonl", rows)
+    message = f"at least 199 of 400 documents have the id of another one, such as '{name}'"
+    with pytest.raises(DataError, match=message):
+        train_tokenizer([path], tmp_path / "t", 270, 4000)
+    with pytest.raises(DataError, match=message):
+        statistics_of(made / "t", [path], 4000)
+    with pytest.raises(DataError, match=message):
+        sweep([path], [270], "bpe", "bpe", 4000)
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_part_is_opened_once_however_many_copies_it_holds(tmp_path, monkeypatch):
+    import numpy as np
+
+    from data_prep import parts
+
+    count = 2000
+    keys = np.repeat(np.arange(count // 4, dtype=np.uint64), 4)
+    one = Documents(keys, np.full(count, 2), np.tile(np.array([5, 6], np.uint16), count))
+    none = Documents(keys[:0], np.empty(0, np.int64), one.tokens_N[:0])
+    write_part(tmp_path / "part", [one, none], {}, "tmp")
+    opened, original = [], parts._columns
+    monkeypatch.setattr(parts, "_columns", lambda *a: opened.append(a) or original(*a))
+    assert find_shared([tmp_path / "part"], 10).count == 0
+    assert len(opened) < 10
+
+
+LEFT_OUT = "note: 1 bad records left out (x.jsonl line 201); 1 empty documents left out"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["tokenizer", "stats", "{t}", "{x}"],
+        ["tokenizer", "sweep", "{x}", "--sizes", "270"],
+        ["data", "ids", "{x}", "--split", "train"],
+    ],
+)
+def test_commands_without_a_manifest_say_what_was_left_out(tmp_path, made, capsys, command):
+    path = write_rows(tmp_path / "x.jsonl", [{"id": i, "text": t} for i, t in enumerate(texts())])
+    path.write_text(path.read_text() + '{"id": 1}\n{"text": ""}\n')
+    assert run([part.format(t=made / "t", x=path) for part in [*command, "--skip-bad"]]) == 0
+    assert LEFT_OUT in capsys.readouterr().err
 
 
 def test_how_many_are_a_few():

@@ -89,13 +89,22 @@ def test_skipped_rows_are_counted_in_the_manifest_and_said(tmp_path, capsys):
     assert manifests[1]["skip_bad"] is True
 
 
-def test_a_sweep_of_text_has_sizes_that_work_and_keeps_finished_rows(tmp_path, capsys):
+def test_a_sweep_of_text_has_sizes_that_work_and_keeps_finished_rows(tmp_path, capsys, caplog):
     texts = [f"the cat {i} sat on the mat {i % 7} times" for i in range(300)]
     source = str(write_jsonl(tmp_path / "x.jsonl", texts))
     assert run(["tokenizer", "sweep", source]) == 2
     done = capsys.readouterr()
     # 512 tokens or more are too many for so little text, and that is what is said.
     assert "the data yield only" in done.err and "too small" not in done.err
+    more = str(
+        write_jsonl(
+            tmp_path / "y.jsonl", [" ".join(f"{i * k:x}" for k in range(9)) for i in range(300)]
+        )
+    )
+    assert run(["tokenizer", "sweep", more]) == 0  # the sizes that the data yield
+    done = capsys.readouterr()
+    assert [line.split()[0] for line in done.out.splitlines()] == ["size", "512"]
+    assert "no size from 1024 on: the data yield only" in done.err + caplog.text
     assert run(["tokenizer", "sweep", source, "--sizes", "262,280,4096"]) == 2
     done = capsys.readouterr()
     assert [line.split()[0] for line in done.out.splitlines()] == ["size", "262", "280"]

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import random
 import re
 import time
@@ -190,6 +191,23 @@ def test_long_words_are_cut_for_the_trainer_and_no_others():
         assert not before[-1].isspace() and not after[0].isspace()
 
 
+def test_long_runs_of_blanks_are_cut_too():
+    text = "a" + " \n\t" * 30_000 + "b" + " " * 60_000 + "c"
+    pieces = list(trainers._cut_words([text]))
+    assert "".join(pieces) == text
+    assert max(len(run) for piece in pieces[:-1] for run in re.findall(r"\s+", piece)) <= 1024
+    assert pieces[-1].endswith("b" + " " * 60_000 + "c")
+
+
+@pytest.mark.slow
+def test_a_long_run_of_blanks_trains_in_seconds(tmp_path):
+    rows = ["word and word " * 50, "x" + " " * 1_000_000 + "y"]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in rows))
+    begin = time.monotonic()
+    assert train_tokenizer([tmp_path / "x.jsonl"], tmp_path / "t", 262)
+    assert time.monotonic() - begin < 60
+
+
 @pytest.mark.slow
 def test_one_record_of_two_million_residues_trains_in_seconds(tmp_path):
     (tmp_path / "x.fasta").write_text(f">long\n{proteins(2_000_000)}\n")
@@ -200,7 +218,7 @@ def test_one_record_of_two_million_residues_trains_in_seconds(tmp_path):
 
 def test_the_sample_of_a_longer_record_is_its_beginning(tmp_path, caplog):
     (tmp_path / "x.fasta").write_text(f">long\n{proteins(5000)}\n")
-    (document,) = read_sample([tmp_path / "x.fasta"], 1000, ReadOptions())
+    (document,) = read_sample([tmp_path / "x.fasta"], 1000, ReadOptions()).documents
     assert document.text == proteins(5000)[:1000]
     assert "document long has 5,000 characters; the sample is its first 1,000" in caplog.text
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.build import BuildOptions, build_shards
+from data_prep.cli_options import own_cores
 from data_prep.workers import Workers
 from s2t2_dist import artifacts
 from s2t2_dist.cli import run
@@ -54,17 +55,35 @@ def test_a_target_below_a_file(tmp_path, s2t2, build, protein_fasta):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_target_that_is_something_else(tmp_path, s2t2, build):
+def test_a_target_that_is_something_else(tmp_path, s2t2, build, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
     code, said = s2t2(*build(tmp_path / "file"))
     assert code == 2 and "file is a file, not a folder" in said
     code, said = s2t2(*build(tmp_path / "folder"))
     assert code == 2 and "exists and holds no result of s2t2" in said
+    code, said = s2t2(*build("."))
+    assert code == 2 and "exists and holds no result of s2t2" in said
     code, said = s2t2("data", "verify", tmp_path / "file")
     assert code == 2 and "file is a file, not a folder" in said and "missing" not in said
+    long = build(tmp_path / ("x" * 252))
+    assert s2t2(*long, "--rank", 0, "--ranks", 2, "--only", "encode")[0] == 0
+    assert s2t2(*long)[0] == 0
+    assert {len(path.name) for path in tmp_path.iterdir()} == {4, 6, 252}
     code, said = s2t2(*build(tmp_path / ("x" * 300)))
     assert code == 2 and "File name too long" in said
+
+
+@pytest.mark.parametrize("size", ["0", "", "-1", "two"])
+def test_a_launcher_that_says_no_number_of_ranks(monkeypatch, size):
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    alone = own_cores()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", size)
+    assert own_cores() == alone
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000000")
+    assert own_cores() == 1
 
 
 @pytest.mark.parametrize("context", [1, 0, -5, (1 << 20) + 1, 10**12, 10**30])

@@ -3,6 +3,8 @@
 import gzip
 import hashlib
 import json
+import time
+from pathlib import Path
 
 import pytest
 
@@ -81,6 +83,19 @@ def test_a_bad_metalink_is_refused(download, text, message):
     (download / "RELEASE.metalink").write_text(text)
     with pytest.raises(DataError, match=message):
         check_release(download)
+
+
+def test_a_long_check_says_what_it_does(download, monkeypatch, capsys):
+    original = Path.open
+
+    def slow(path, *arguments, **named):
+        time.sleep(0.3 * (path.suffix == ".gz"))
+        return original(path, *arguments, **named)
+
+    monkeypatch.setattr("data_prep.progress.FIRST_LINE", 0.05)
+    monkeypatch.setattr(Path, "open", slow)
+    check_release(download)
+    assert f"Hashing {download / 'uniref50.fasta.gz'} (" in capsys.readouterr().err
 
 
 def test_nothing_to_check(download):

@@ -199,6 +199,15 @@ def test_what_a_normalizer_does_is_said_as_it_is(normalizer, text, message):
         encoder(backend).encode([Document("one", text)])
 
 
+def test_a_normalizer_is_not_called_a_lack_of_the_alphabet(tmp_path, made):
+    """The tokenizer has every residue, but none in lower case; the error names the file too."""
+    source, plain = made["protein"]
+    lower = rewritten(plain, tmp_path / "t", lambda c: c.update(normalizer={"type": "Lowercase"}))
+    message = r"p\.fasta: document p\d+: its tokens do not spell its text: '(.)' becomes '(?i:\1)'"
+    with pytest.raises(DataError, match=message):
+        build_shards([source], lower, tmp_path / "d", OPTIONS)
+
+
 def test_the_settings_stay_in_the_copied_tokenizer(tmp_path, made):
     source, plain = made["text"]
     other = rewritten(plain, tmp_path / "t", lambda content: content.update(SETTINGS["both"]))
