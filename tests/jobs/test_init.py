@@ -33,7 +33,18 @@ def recipe_of(folder, model, data, init, steps=2, **keys):
     )
 
 
-@pytest.mark.parametrize("init", ["mean", "gaussian", "subtoken_mean", "focus"])
+SOAK = pytest.mark.soak
+
+
+@pytest.mark.parametrize(
+    "init",
+    [
+        pytest.param("mean", marks=SOAK),
+        pytest.param("gaussian", marks=SOAK),
+        "subtoken_mean",
+        "focus",
+    ],
+)
 def test_two_steps(init, source_model, protein_data, tmp_path):
     """The start is the map of the base's rows, and the run trains it.
 

@@ -211,7 +211,7 @@ def test_a_short_text_of_a_bigram_model_equals_the_recursion():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("beam", [2, 3])
+@pytest.mark.parametrize("beam", [2, pytest.param(3, marks=pytest.mark.soak)])
 def test_the_estimate_is_unbiased(beam):
     """The mean of 600 draws is within 4 standard errors of the exact sum."""
     lm, text = make_model(5, sharp=2.5), random_text(9, 3)

@@ -178,6 +178,7 @@ def test_a_run_that_fails_is_one_line_and_leaves_nothing_for_the_next(
     assert launching.losses(made) == launching.losses(alone / "run")
 
 
+@pytest.mark.soak
 def test_a_run_that_another_job_has_is_waited_for(start, source_model, protein_data, tmp_path):
     study = write_study(tmp_path, source_model, protein_data, {"s2t2": {}})
     values = yaml.safe_load(study.read_text())
