@@ -163,7 +163,8 @@ class Killer:
     ) -> bool:
         """Wait for the moment to kill; False if the run ended first."""
         # Ranks notice the death of their launcher only from the first step on, so no earlier kill.
-        if kind in ("rank", "job") and not inside and self.rng.random() < STARTUP_SHARE:
+        early = kind in ("rank", "job") and not (inside or late)
+        if early and self.rng.random() < STARTUP_SHARE:
             time.sleep(self.rng.uniform(0.5, 5))
             if process.poll() is not None:
                 return False
